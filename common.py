@@ -1,0 +1,1821 @@
+"""What the four scripts share: from arguments to divergences, scores and run directories.
+
+Nothing here trains: the four loops stand in the four scripts. The sections, in order:
+arguments, models, chat data and masks, teacher text, distributions and divergences, generation,
+evaluation, run state.
+
+    python common.py runs/*        compares finished runs: one table, and runs/comparison.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from filelock import FileLock
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+from transformers.utils.chat_template_utils import render_jinja_template
+
+DATA = Path(__file__).resolve().parent / "data"
+
+
+class UsageError(Exception):
+    """Wrong input. `launch` prints the one sentence it carries and exits with code 2."""
+
+
+# ------------------------------------------------------------------------------------ arguments
+
+
+def flag(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field that `HfArgumentParser` turns into a command-line flag."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class CommonArguments:
+    """The flags that mean the same thing in every script."""
+
+    teacher: str = flag(str(DATA / "teacher"), "teacher model: a directory or a hub id")
+    student: str = flag(str(DATA / "student"), "student model: a directory or a hub id")
+    revision: str = flag("main", "the student's revision, for a hub id")
+    teacher_revision: str = flag("main", "the teacher's revision, for a hub id")
+    chat_template: str | None = flag(None, "a Jinja file, for models that bring no chat template")
+
+    dataset: str = flag(str(DATA / "train.jsonl"), "training prompts: a file, directory or hub id")
+    dataset_config: str | None = flag(None, "configuration of a hub data set")
+    dataset_split: str = flag("train", "split of a hub data set or directory")
+    max_rows: int = flag(0, "use the first N rows of --dataset only (0: all)")
+    eval_dataset: str | None = flag(
+        None,
+        "held-out conversations; without it the embedded ones go with the embedded data set, and "
+        "--eval-size rows of another --dataset are held out by --seed",
+    )
+    eval_size: int = flag(
+        0, "rows to evaluate on (0: 1000; where held out of --dataset, a tenth but at most 1000)"
+    )
+    completions: Literal["teacher", "dataset"] = flag(
+        "teacher", "the text learned on: written by the teacher, or the data set's own responses"
+    )
+    max_length: int = flag(512, "tokens in an example, prompt and response together")
+    max_new_tokens: int = flag(128, "tokens generated in a response")
+
+    temperature: float = flag(1.0, "softmax temperature of the distillation loss")
+    sampling_temperature: float = flag(1.0, "at which the teacher writes its text (0: greedy)")
+    top_p: float = flag(1.0, "nucleus from which the teacher's text is sampled (1: everything)")
+    generation_batch_size: int = flag(256, "responses generated at a time; does not change them")
+
+    epochs: float = flag(3.0, "passes over the training prompts")
+    max_steps: int = flag(-1, "optimizer steps; wins over --epochs")
+    batch_size: int = flag(64, "examples in an optimizer step, over all processes")
+    micro_batch_size: int = flag(0, "examples in a backward pass of a process (0: all its share)")
+    learning_rate: float = flag(2e-3, "peak of the schedule (linear warm-up, cosine to zero)")
+    weight_decay: float = flag(0.01, "decoupled weight decay, on matrices only")
+    warmup_steps: int = flag(30, "steps of linear warm-up")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this global norm")
+    seed: int = flag(0, "data order, held-out rows and every sampled token follow from it")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag(
+        "auto", "the student computes in this (weights stay float32); auto: bfloat16 on a GPU"
+    )
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "the teacher's weights; auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    attn_implementation: str | None = flag(None, "sdpa, eager, flash_attention_2, ...")
+    gradient_checkpointing: bool = flag(False, "recompute activations: less memory, slower")
+
+    output_dir: str | None = flag(None, "default: runs/<script>-<flags>, numbered if taken")
+    overwrite: bool = flag(False, "replace an earlier run in --output-dir")
+    eval_steps: int = flag(100, "steps between evaluations while training (0: none)")
+    logging_steps: int = flag(10, "steps between writes to metrics.jsonl")
+    cache_dir: str = flag("runs/cache", "where the teacher's text is kept for the next run")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling of each flag, its default beside it."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = [s for s in action.option_strings if "_" not in s]
+        metavar = self._format_args(action, "N" if action.type in (int, float) else "X")
+        switch = not action.option_strings or action.const is True or action.nargs == 0
+        return ", ".join(shown) + ("" if switch else f" {metavar}")
+
+
+class _Parser(HfArgumentParser):
+    """One sentence and exit code 2 for a wrong command line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def parse_arguments(
+    kind: type[CommonArguments], description: str, argv: Sequence[str] | None = None
+) -> Any:
+    """Command line to a validated dataclass. Exits with code 2 on an unknown or impossible flag."""
+    parser = _Parser(
+        kind, description=description, formatter_class=_HelpFormatter, allow_abbrev=False
+    )
+    args, unknown = parser.parse_args_into_dataclasses(
+        argv, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]}")
+    try:
+        check_arguments(args)
+    except UsageError as problem:
+        parser.error(str(problem))
+    return args
+
+
+def check_arguments(args: CommonArguments) -> None:
+    """Refuse values that no run could use. Ranges of a script's own flags stand in the script."""
+    positive = {"temperature", "batch_size", "learning_rate", "max_grad_norm", "max_length",
+                "max_new_tokens", "generation_batch_size", "logging_steps"}  # fmt: skip
+    for name, value in vars(args).items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or name == "max_steps":
+            continue
+        shown = "--" + name.replace("_", "-")
+        if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
+            range_ = "above 0" if name in positive else "0 or more"
+            raise UsageError(f"{shown} must be a finite number, {range_}, not {value}")
+    if not 0 < args.top_p <= 1:
+        raise UsageError(f"--top-p must lie in (0, 1], not {args.top_p}")
+    if args.max_steps <= 0 and args.epochs == 0:
+        raise UsageError("nothing to train: --epochs is 0 and --max-steps is not given")
+    if args.chat_template and not Path(args.chat_template).is_file():
+        raise UsageError(f"--chat-template: no file {args.chat_template}")
+
+
+def launch(main: Callable[[Any], None], kind: type[CommonArguments], description: str) -> None:
+    """Entry point of a script: parse, run, and turn a `UsageError` into one sentence and exit 2."""
+    args = parse_arguments(kind, description)
+    try:
+        main(args)
+    except UsageError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def changed_flags(args: CommonArguments) -> dict[str, Any]:
+    """The arguments that differ from their defaults."""
+    return {
+        f.name: getattr(args, f.name)
+        for f in dataclasses.fields(args)
+        if getattr(args, f.name) != f.default
+    }
+
+
+# --------------------------------------------------------------------------------------- models
+
+
+class Head(NamedTuple):
+    """What turns a final hidden state into logits: softcap(scale · (states @ weightᵀ + bias))."""
+
+    weight: Tensor  # (V, d)
+    bias: Tensor | None  # (V,)
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, states: Tensor) -> Tensor:
+        """States (n, d) to logits (n, V), in float32 at least: see `project`."""
+        return self.transform(project(states, self.weight, self.bias))
+
+    def transform(self, raw: Tensor) -> Tensor:
+        """What the model does to its logits after the matrix product (Cohere, Granite, Gemma)."""
+        if self.scale != 1.0:
+            raw = raw * self.scale
+        return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+
+    def transform_backward(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """Gradient with respect to `logits` to the gradient before `transform`."""
+        if self.softcap is not None:
+            gradient = gradient * (1 - (logits / self.softcap).square())
+        return gradient if self.scale == 1.0 else gradient * self.scale
+
+
+def project(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`states @ weightᵀ + bias` accumulated and returned in float32 (float64 if given float64).
+
+    Rounding logits to bfloat16 first costs the divergence's gradient several per cent, so half
+    precision inputs are multiplied as they are but summed into a float32 result.
+    """
+    if states.is_cuda and weight.dtype == states.dtype != torch.float32:
+        out = torch.mm(states, weight.t(), out_dtype=torch.float32)
+    else:
+        wide = torch.promote_types(torch.promote_types(states.dtype, weight.dtype), torch.float32)
+        out = states.to(wide) @ weight.to(wide).t()
+    return out if bias is None else out + bias
+
+
+@dataclass
+class LanguageModel:
+    """A causal model with its tokenizer, and the parts that the methods take from it."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    compute_dtype: torch.dtype
+    digest: str  # of weights and configuration
+    vocabulary: int = 0  # ids that stand for tokens; rows of the head beyond them are padding
+
+    def __post_init__(self) -> None:
+        self.vocabulary = max(self.tokenizer.get_vocab().values()) + 1
+        self.end_ids = end_of_turn_ids(self.model, self.tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def head(self) -> Head:
+        """The output layer, cut to the ids that stand for tokens."""
+        layer, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
+        bias = getattr(layer, "bias", None)
+        scale = getattr(config, "logit_scale", None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        weight = layer.weight
+        if len(weight) > self.vocabulary:
+            weight = weight[: self.vocabulary]
+            bias = None if bias is None else bias[: self.vocabulary]
+        return Head(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+
+    def backbone(self, **inputs: Any) -> Any:
+        """The model without its head, computing in `compute_dtype`."""
+        mixed = self.compute_dtype != self.model.dtype
+        with torch.autocast(self.device.type, self.compute_dtype, enabled=mixed):
+            return self.model.base_model(**inputs)
+
+    def states(self, batch: Batch) -> Tensor:
+        """Hidden states (N, d) that predict the N targets of the batch: one position before each.
+
+        No attention mask: rows are padded on the right, where a causal model cannot look, and
+        without a mask attention takes its fastest path.
+        """
+        hidden = self.backbone(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        return hidden[batch.rows, batch.columns]
+
+
+def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a response: all that the model declares, and the template's own."""
+    declared = [tokenizer.eos_token_id, model.config.get_text_config().eos_token_id]
+    if model.generation_config is not None:
+        declared.append(model.generation_config.eos_token_id)
+    found: set[int] = set()
+    for ids in declared:
+        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
+        after = tokenize(tokenizer, render(tokenizer, turn).rpartition("answer")[2]).ids
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        found.update([i for i in after if i in special][:1])
+    return sorted(found)
+
+
+def load_tokenizer(name: str, revision: str, template_file: str | None) -> PreTrainedTokenizerBase:
+    """A fast tokenizer with a chat template, its own or the one in `template_file`."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as problem:
+        raise UsageError(f"no usable tokenizer in {name}: {first_line(problem)}") from None
+    if not tokenizer.is_fast:
+        raise UsageError(f"{name} has no fast tokenizer; character offsets are needed for masks")
+    if not tokenizer.chat_template and template_file:
+        tokenizer.chat_template = Path(template_file).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    revision: str,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    attention: str | None,
+    device: torch.device,
+) -> LanguageModel:
+    """Weights in `dtype` on `device`, in eval mode; refuses a directory with parts missing."""
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UsageError(f"{name} holds no model: there is no config.json in it")
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, SafetensorError, ImportError, RuntimeError) as problem:
+        raise UsageError(f"cannot load the model {name}: {first_line(problem)}") from None
+    if report["missing_keys"] or report["mismatched_keys"]:
+        missing = sorted(report["missing_keys"]) or sorted(report["mismatched_keys"])
+        raise UsageError(
+            f"{name} lacks weights, which would be random: {len(missing)}, first {missing[0]}"
+        )
+    model = LanguageModel(
+        name, model.to(device).eval(), tokenizer, compute_dtype, digest_of_model(name, model)
+    )
+    check_head(model)
+    return model
+
+
+def load_pair(args: CommonArguments, device: torch.device) -> tuple[LanguageModel, LanguageModel]:
+    """Student (float32 weights) and teacher, each with its own tokenizer and template."""
+    student_tokenizer = load_tokenizer(args.student, args.revision, args.chat_template)
+    teacher_tokenizer = load_tokenizer(args.teacher, args.teacher_revision, args.chat_template)
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    compute = half if args.dtype == "auto" else getattr(torch, args.dtype)
+    frozen = half if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
+    if not teacher_tokenizer.chat_template:
+        raise UsageError(f"{args.teacher} has no chat template; give one with --chat-template FILE")
+    if not student_tokenizer.chat_template:
+        # A base model: it learns the teacher's format.
+        student_tokenizer.chat_template = teacher_tokenizer.chat_template
+    common = {"attention": args.attn_implementation, "device": device}
+    student = load_model(
+        args.student, student_tokenizer, revision=args.revision,
+        dtype=torch.float32, compute_dtype=compute, **common,
+    )  # fmt: skip
+    teacher = load_model(
+        args.teacher, teacher_tokenizer, revision=args.teacher_revision,
+        dtype=frozen, compute_dtype=frozen, **common,
+    )  # fmt: skip
+    teacher.model.requires_grad_(False)
+    for model in (student, teacher):
+        longest = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+        if longest and args.max_length > longest:
+            raise UsageError(f"--max-length {args.max_length}: {model.name} stops at {longest}")
+    if args.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return student, teacher
+
+
+def check_same_vocabulary(student: LanguageModel, teacher: LanguageModel) -> None:
+    """Token-by-token divergences compare ids, so equal ids must be equal tokens."""
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    if ours == theirs:
+        return
+    differing = sorted({t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)})
+    raise UsageError(
+        f"the vocabularies of {student.name} and {teacher.name} differ in {len(differing)} tokens "
+        f"(one is {differing[0]!r}): use cross_tokenizer.py"
+    )
+
+
+def check_head(model: LanguageModel) -> None:
+    """Refuse a model whose logits are not what `Head` makes of its final states."""
+    layer = model.model.get_output_embeddings()
+    if layer is None or not hasattr(layer, "weight"):
+        raise UsageError(f"{model.name} has no output embeddings, so its head cannot be chunked")
+    if layer.weight.shape[0] < model.vocabulary:
+        raise UsageError(
+            f"{model.name}: the tokenizer knows {model.vocabulary} ids, "
+            f"the model {layer.weight.shape[0]}"
+        )
+    ids = torch.arange(min(8, model.vocabulary), device=model.device)[None]
+    with torch.no_grad():
+        own = model.model(input_ids=ids, use_cache=False).logits[0, :, : model.vocabulary].float()
+        ours = model.head().logits(model.model.base_model(ids, use_cache=False)[0][0])
+    tolerance = 1e-4 if model.model.dtype == torch.float32 else 3e-2
+    worst = (own - ours).abs().max() / own.abs().max().clamp_min(1e-6)
+    if not worst <= tolerance:
+        raise UsageError(
+            f"{model.name} ({type(model.model).__name__}) changes its logits in a way that this "
+            f"suite does not know (relative difference {worst:.2g})"
+        )
+
+
+def digest_of_model(name: str, model: PreTrainedModel) -> str:
+    """Names the exact weights: the commit for a hub model, else a hash of the files."""
+    hasher = hashlib.sha256()
+    if not Path(name).is_dir():
+        hasher.update(f"{name}@{model.config._commit_hash}".encode())
+    for file in sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []:
+        with open(file, "rb") as stream:
+            hasher.update(hashlib.file_digest(stream, "sha256").digest())
+    hasher.update(json.dumps(model.config.to_diff_dict(), sort_keys=True, default=str).encode())
+    return hasher.hexdigest()[:20]
+
+
+def first_line(problem: Exception) -> str:
+    """The beginning of an exception's message: libraries append paragraphs of advice."""
+    text = str(problem.args[0] if problem.args else problem).strip()
+    return (text.splitlines() or [type(problem).__name__])[0][:300]
+
+
+# -------------------------------------------------------------------------- chat data and masks
+
+Messages = list[dict[str, str]]
+
+# Llama 3.2's template prints today's date; with it nothing would be found in the cache tomorrow.
+FIXED_DATE = "26 Jul 2024"
+_FIXED_CLOCK = "{% macro strftime_now(format) %}" + FIXED_DATE + "{% endmacro %}"
+
+
+@dataclass
+class Conversation:
+    """One row of a data set. `response` is the row's own final answer, where it brings one."""
+
+    messages: Messages  # up to the turn to be answered
+    response: str | None
+    references: list[str]
+    where: str  # file and line, for messages about it
+
+
+class Tokens(NamedTuple):
+    """Token ids of an example, and which of them are targets."""
+
+    ids: list[int]
+    targets: list[int]  # positions in `ids`, ascending, never 0
+
+
+class Prompt(NamedTuple):
+    """A conversation, and the ids of its rendered prompt for each model."""
+
+    conversation: Conversation
+    student: list[int]
+    teacher: list[int]
+
+
+class Example(NamedTuple):
+    """What both models read. Each has its own template; the targets' ids are the same."""
+
+    student: Tokens
+    teacher: Tokens
+    where: str
+
+
+class Batch(NamedTuple):
+    """Examples padded on the right, with the places of their N targets in order."""
+
+    input_ids: Tensor  # (B, T)
+    rows: Tensor  # (N,)
+    columns: Tensor  # (N,) the position before each target, whose state predicts it
+    targets: Tensor  # (N,)
+
+
+def load_conversations(
+    source: str, config: str | None = None, split: str = "train", max_rows: int = 0
+) -> list[Conversation]:
+    """Rows of a .jsonl, .json, .csv or .parquet file, a directory or a hub data set.
+
+    Raises `UsageError` that names the first unusable row and what it lacks.
+    """
+    rows = _json_rows(source) if Path(source).suffix in {".json", ".jsonl"} else None
+    if rows is None:
+        rows = _dataset_rows(source, config, split)
+    conversations = []
+    for where, record in rows:
+        if max_rows and len(conversations) == max_rows:
+            break
+        try:
+            conversations.append(_as_conversation(record, where))
+        except ValueError as problem:
+            raise UsageError(f"{where}: {problem}") from None
+    if not conversations:
+        raise UsageError(f"{source} holds no rows")
+    return conversations
+
+
+def _json_rows(source: str) -> Iterator[tuple[str, Any]]:
+    try:
+        text = Path(source).read_bytes().decode("utf-8-sig")
+    except OSError as problem:
+        raise UsageError(f"cannot read {source}: {problem.strerror}") from None
+    except UnicodeDecodeError as problem:
+        line = Path(source).read_bytes()[: problem.start].count(b"\n") + 1
+        raise UsageError(f"{source}:{line}: not UTF-8") from None
+    if source.endswith(".json"):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as problem:
+            raise UsageError(f"{source}:{problem.lineno}: not JSON: {problem.msg}") from None
+        if not isinstance(rows, list):
+            raise UsageError(f"{source}: expected a list of rows")
+        yield from ((f"{source}: row {i}", row) for i, row in enumerate(rows, 1))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"{source}:{number}", json.loads(line)
+            except json.JSONDecodeError as problem:
+                raise UsageError(f"{source}:{number}: not JSON: {problem.msg}") from None
+
+
+def _dataset_rows(source: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
+    import datasets  # takes seconds to import, and the embedded default does not need it
+
+    kind = Path(source).suffix[1:]
+    try:
+        if kind in {"csv", "parquet"}:
+            data = datasets.load_dataset(kind, data_files=source, split="train")
+        else:
+            data = datasets.load_dataset(source, config, split=split)
+    except Exception as problem:  # `datasets` lets errors of its many back ends through
+        raise UsageError(f"cannot load the data set {source}: {first_line(problem)}") from None
+    yield from ((f"{source}: row {i}", row) for i, row in enumerate(data, 1))
+
+
+def _as_conversation(record: Any, where: str) -> Conversation:
+    """One row in any of the accepted forms (README, "Your own data"); `ValueError` otherwise."""
+    if not isinstance(record, dict):
+        raise ValueError("a row must be an object with named columns")
+    record = {key: value for key, value in record.items() if value is not None}
+    turns = record.get("messages", record.get("conversations"))
+    if turns is not None:
+        messages = [_as_message(turn) for turn in turns]
+    elif "instruction" in record:
+        asked = "\n\n".join(filter(None, [record["instruction"], record.get("input")]))
+        messages = [{"role": "user", "content": asked}]
+    elif isinstance(record.get("prompt"), list):
+        messages = [_as_message(turn) for turn in record["prompt"]]
+    elif "prompt" in record:
+        messages = [{"role": "user", "content": record["prompt"]}]
+    else:
+        raise ValueError(
+            "none of the columns messages, conversations, prompt, instruction is there and not null"
+        )
+    answer = next((record[k] for k in ("completion", "response", "output") if k in record), None)
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = _as_message(answer[0])["content"]
+    if turns is not None and messages and messages[-1]["role"] == "assistant":
+        answer = messages.pop()["content"]
+    if not messages:
+        raise ValueError("there is no turn to answer")
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("two assistant turns follow each other")
+    for text in [m["content"] for m in messages] + ([] if answer is None else [answer]):
+        if not isinstance(text, str):
+            raise ValueError(f"text must be a string, not {type(text).__name__}")
+    references = record.get("references", [record["reference"]] if "reference" in record else [])
+    if not references and answer is not None:
+        references = [answer]
+    if not isinstance(references, list) or not all(isinstance(r, str) for r in references):
+        raise ValueError("references must be a list of strings")
+    return Conversation(messages, answer, references, where)
+
+
+def _as_message(turn: Any) -> dict[str, str]:
+    if not isinstance(turn, dict):
+        raise ValueError("a turn must be an object with role and content")
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    role = {"human": "user", "gpt": "assistant"}.get(role, role)
+    if role is None:
+        raise ValueError("a turn has no role")
+    if content is None:
+        raise ValueError(f"the content of a {role} turn is null or missing")
+    return {"role": role, "content": content}
+
+
+def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversation]]:
+    """Training and evaluation conversations, disjoint; held out by seed where only one is given."""
+    source = (args.dataset, args.dataset_config, args.dataset_split, args.max_rows)
+    train = load_conversations(*source)
+    eval_dataset = args.eval_dataset
+    if eval_dataset is None and args.dataset == CommonArguments.dataset:
+        eval_dataset = str(DATA / "eval.jsonl")
+    if eval_dataset is not None:
+        held_out = load_conversations(eval_dataset, max_rows=args.eval_size or 1000)
+    else:
+        size = args.eval_size or min(1000, math.ceil(len(train) / 10))
+        if size >= len(train):
+            raise UsageError(
+                f"--eval-size {size} leaves nothing of the {len(train)} rows of {args.dataset}"
+            )
+        chosen = torch.randperm(len(train), generator=generator_for(args.seed, "held out")).tolist()
+        held_out = [train[i] for i in sorted(chosen[:size])]
+        train = [train[i] for i in sorted(chosen[size:])]
+    if args.completions == "dataset":
+        for conversation in train:
+            if conversation.response is None:
+                raise UsageError(
+                    f"{conversation.where}: no assistant turn at the end, which --completions "
+                    "dataset would train on"
+                )
+    return train, held_out
+
+
+def generator_for(seed: int, purpose: str, index: int = 0) -> torch.Generator:
+    """A generator that is a function of its arguments only: resuming needs no random state."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, *, prompt: bool, spans: bool
+) -> tuple[str, list[tuple[int, int]]]:
+    try:
+        texts, indices = render_jinja_template(
+            conversations=[messages],
+            chat_template=_FIXED_CLOCK + tokenizer.chat_template,
+            add_generation_prompt=prompt,
+            return_assistant_tokens_mask=spans,
+            date_string=FIXED_DATE,
+            **tokenizer.special_tokens_map,
+        )
+    except Exception as problem:  # a template may raise whatever it likes
+        raise UsageError(f"the chat template refuses a conversation: {problem}") from None
+    return texts[0], indices[0] if spans else []
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, prompt: bool = False) -> str:
+    """The conversation in the model's own template; `prompt` adds the cue for an answer."""
+    return _render(tokenizer, messages, prompt=prompt, spans=False)[0]
+
+
+def assistant_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation, and the characters in it that the assistant wrote.
+
+    Taken from the template's `{% generation %}` marks, else by rendering every prefix. Some
+    templates rewrite earlier turns (dropping their reasoning, say); then a prefix rendered alone
+    is no prefix of the whole, nobody can say what the model would have seen, and it is an error.
+    """
+    if "generation" in tokenizer.chat_template.replace("add_generation_prompt", ""):
+        text, spans = _render(tokenizer, messages, prompt=False, spans=True)
+        if spans:
+            return text, spans
+    text, spans = render(tokenizer, messages), []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = render(tokenizer, messages[:i], prompt=True)
+            after = render(tokenizer, messages[: i + 1])
+            if not (text.startswith(before) and text.startswith(after) and before < after):
+                raise UsageError(
+                    f"the chat template rewrites earlier turns, so assistant turn {i + 1} cannot "
+                    "be located: use --completions teacher, or a template with generation marks"
+                )
+            spans.append((len(before), len(after)))
+    return text, spans
+
+
+class Encoded(NamedTuple):
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
+    """Ids and character offsets of rendered text, which holds its special tokens already."""
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return Encoded(out["input_ids"], out["offset_mapping"])
+
+
+def encode_conversation(model: LanguageModel, messages: Messages) -> Tokens:
+    """Every assistant turn a target, its end-of-turn token included."""
+    text, spans = assistant_spans(model.tokenizer, messages)
+    ids, offsets = tokenize(model.tokenizer, text)
+    targets = []
+    for start, stop in spans:
+        inside = [i for i, (a, b) in enumerate(offsets) if start <= a < stop and b > a]
+        ends = [i for i in inside if ids[i] in model.end_ids]
+        if ends:  # templates print white space after the end of a turn, which nobody generates
+            inside = [i for i in inside if i <= ends[-1]]
+        elif inside and inside[-1] + 1 < len(ids) and ids[inside[-1] + 1] in model.end_ids:
+            inside.append(inside[-1] + 1)
+        targets += inside
+    return Tokens(ids, [i for i in targets if i > 0])
+
+
+def encode_prompts(model: LanguageModel, conversations: list[Conversation]) -> list[list[int]]:
+    """Ids of each conversation up to and including the cue for the assistant's answer."""
+    texts = []
+    for c in conversations:
+        try:
+            texts.append(render(model.tokenizer, c.messages, prompt=True))
+        except UsageError as problem:
+            raise UsageError(f"{c.where}: {problem}") from None
+    return model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def with_response(prompt_ids: list[int], response_ids: list[int]) -> Tokens:
+    """Prompt and response ids as one sequence, the response being the targets."""
+    ids = prompt_ids + response_ids
+    return Tokens(ids, list(range(len(prompt_ids), len(ids))))
+
+
+def encode_for_both(
+    conversations: list[Conversation], student: LanguageModel, teacher: LanguageModel, limit: int
+) -> list[Prompt]:
+    """Prompts that leave either model room for an answer within `limit` tokens."""
+    ours = encode_prompts(student, conversations)
+    shared = (
+        student.tokenizer.chat_template == teacher.tokenizer.chat_template
+        and student.tokenizer.get_vocab() == teacher.tokenizer.get_vocab()
+    )
+    theirs = ours if shared else encode_prompts(teacher, conversations)
+    prompts = [
+        Prompt(*row)
+        for row in zip(conversations, ours, theirs, strict=True)
+        if 0 < len(row[1]) < limit and 0 < len(row[2]) < limit
+    ]
+    if not prompts:
+        raise UsageError(
+            f"none of the {len(conversations)} prompts is shorter than --max-length {limit}"
+        )
+    return prompts
+
+
+def dataset_examples(
+    prompts: list[Prompt], student: LanguageModel, teacher: LanguageModel, max_length: int
+) -> tuple[list[Example], int]:
+    """Examples on the data set's own responses, and how many of those were cut to fit.
+
+    Each model reads its own template; a conversation that both render alike is encoded once.
+    """
+    examples, cut = [], 0
+    for conversation, ours, theirs in prompts:
+        whole = [*conversation.messages, {"role": "assistant", "content": conversation.response}]
+        try:
+            pair = [encode_conversation(student, whole)]
+            pair.append(pair[0] if ours is theirs else encode_conversation(teacher, whole))
+        except UsageError as problem:
+            raise UsageError(f"{conversation.where}: {problem}") from None
+        answers = [[t.ids[i] for i in t.targets] for t in pair]
+        if answers[0] != answers[1]:
+            raise UsageError(
+                f"{conversation.where}: the templates of the two models split the response "
+                "differently: use cross_tokenizer.py or --completions teacher"
+            )
+        example = _cut(*pair, conversation.where, max_length)
+        cut += len(example.student.targets) < len(answers[0])
+        if example.student.targets:
+            examples.append(example)
+    return examples, cut
+
+
+def _cut(student: Tokens, teacher: Tokens, where: str, max_length: int) -> Example:
+    """Both sequences cut to fit, and to the same targets: a longer prompt leaves fewer."""
+    count = min(sum(i < max_length for i in t.targets) for t in (student, teacher))
+    ours, theirs = (Tokens(t.ids[:max_length], t.targets[:count]) for t in (student, teacher))
+    return Example(ours, theirs, where)
+
+
+def collate(examples: Sequence[Tokens], device: torch.device, pad_id: int = 0) -> Batch:
+    """Pad on the right and list the targets, row by row."""
+    width = max((len(e.ids) for e in examples), default=1)
+    ids = torch.full((max(len(examples), 1), width), pad_id)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+    counts = torch.tensor([len(e.targets) for e in examples], dtype=torch.long)
+    rows = torch.repeat_interleave(torch.arange(len(examples)), counts)
+    positions = torch.tensor([i for e in examples for i in e.targets], dtype=torch.long)
+    parts = [ids, rows, positions - 1, ids[rows, positions]]
+    if device.type == "cuda":
+        parts = [p.pin_memory().to(device, non_blocking=True) for p in parts]
+    return Batch(*parts)
+
+
+def micro_batches(
+    examples: Sequence[Example], args: CommonArguments, step: int, accelerator: Accelerator
+) -> tuple[list[list[Example]], int]:
+    """This process's share of the step's global batch, and the target tokens of the whole of it.
+
+    The batch is a function of (seed, step). It is cut by length, so that micro-batches carry
+    little padding; every process gets equally many, the last of which may be empty.
+    """
+    chosen: list[Example] = []
+    for i in range(step * args.batch_size, (step + 1) * args.batch_size):
+        epoch, place = divmod(i, len(examples))
+        chosen.append(examples[_order(args.seed, epoch, len(examples))[place]])
+    tokens = sum(len(e.student.targets) for e in chosen)
+    chosen.sort(key=lambda e: len(e.student.ids))
+    share = math.ceil(len(chosen) / accelerator.num_processes)
+    size = min(args.micro_batch_size or share, share)
+    mine = chosen[accelerator.process_index :: accelerator.num_processes]
+    return [mine[i : i + size] for i in range(0, share, size)], tokens
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, size: int) -> list[int]:
+    return torch.randperm(size, generator=generator_for(seed, "order", epoch)).tolist()
+
+
+# --------------------------------------------------------------------------------- teacher text
+
+
+def teacher_responses(
+    teacher: LanguageModel,
+    prompts: Sequence[list[int]],
+    args: CommonArguments,
+    accelerator: Accelerator,
+    *,
+    temperature: float,
+    top_p: float = 1.0,
+    purpose: str,
+) -> list[Response]:
+    """The teacher's answers, written once and kept in `--cache-dir` for every later run.
+
+    The file's name follows from the teacher's weights and tokenizer and from the settings; its
+    lines are found by the exact prompt ids, so data sets that overlap share them. Lines are added
+    as they are produced: what a cut run wrote is not written again. A lock keeps runs side by side
+    from doing the same work.
+    """
+    settings = {
+        "teacher": teacher.digest,
+        "temperature": temperature,
+        "top_p": top_p if temperature else 1.0,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed if temperature else 0,
+        "end_ids": teacher.end_ids,
+    }
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    path = Path(args.cache_dir) / "text" / f"{name}.jsonl"
+    seen: dict[tuple[int, ...], int] = {}
+    keys = []
+    for prompt in prompts:  # a prompt that occurs twice gets two samples
+        count = seen.get(tuple(prompt), 0) if temperature else 0
+        seen[tuple(prompt)] = count + 1
+        keys.append(f"{row_seed(prompt, count):016x}")
+    with make_writable(path.parent), _one_writer(path.with_suffix(".lock"), accelerator):
+        known = _read_text_cache(path)
+        missing = list({k: i for i, k in enumerate(keys) if k not in known}.values())
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        written = generate(
+            teacher, [prompts[i] for i in mine], [row_seed(args.seed, keys[i]) for i in mine],
+            max_new_tokens=args.max_new_tokens, temperature=temperature, top_p=top_p,
+            batch_size=args.generation_batch_size,
+        )  # fmt: skip
+        bar = progress(accelerator, f"teacher writes ({purpose})", len(mine))
+        began, tokens, lines = time.perf_counter(), 0, []
+        for done, (place, response) in enumerate(written, 1):
+            i = mine[place]
+            known[keys[i]] = response
+            tokens += len(response.ids)
+            line = {
+                "key": keys[i],
+                "prompt": teacher.tokenizer.decode(prompts[i]),
+                "response": response_text(teacher, response),
+                "response_ids": response.ids,
+                "finish_reason": "stop" if response.finished else "length",
+            }
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+            if len(lines) == args.generation_batch_size or done == len(mine):
+                _append(path, lines)
+                bar.update(len(lines))
+                bar.set_postfix(tokens_per_second=f"{tokens / (time.perf_counter() - began):.0f}")
+                lines = []
+        bar.close()
+        accelerator.wait_for_everyone()
+        if accelerator.num_processes > 1:
+            known = _read_text_cache(path)
+    return [known[k] for k in keys]
+
+
+@contextlib.contextmanager
+def _one_writer(lock: Path, accelerator: Accelerator) -> Iterator[None]:
+    """One run at a time, whose processes write together."""
+    with FileLock(lock) if accelerator.is_main_process else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        yield
+        accelerator.wait_for_everyone()
+
+
+def _append(path: Path, lines: list[str]) -> None:
+    with FileLock(path.with_suffix(".append")), open(path, "a", encoding="utf-8") as stream:
+        stream.writelines(lines)
+
+
+def _read_text_cache(path: Path) -> dict[str, Response]:
+    """Whole lines of the cache file; an unfinished last one, left by a cut, is removed."""
+    if not path.exists():
+        return {}
+    raw = path.read_bytes()
+    whole = raw.rfind(b"\n") + 1
+    if whole < len(raw):
+        os.truncate(path, whole)
+    known = {}
+    for number, line in enumerate(raw[:whole].split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+            ids, reason = row["response_ids"], row["finish_reason"]
+            known[row["key"]] = Response(
+                [int(i) for i in ids], {"stop": True, "length": False}[reason]
+            )
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(
+                f"{path}:{number}: corrupt cache of teacher text; delete the file to write it again"
+            ) from None
+    return known
+
+
+@contextlib.contextmanager
+def make_writable(directory: Path) -> Iterator[None]:
+    """Create a directory; a full disk or a missing permission inside becomes one sentence."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as problem:
+        raise UsageError(f"cannot write in {directory}: {problem.strerror or problem}") from None
+
+
+def progress(accelerator: Accelerator, what: str, total: int) -> tqdm:
+    """A bar on the main process's terminal, and nowhere else."""
+    hidden = None if accelerator.is_main_process else True  # None: hidden where no terminal is
+    return tqdm(total=total, desc=what, disable=hidden, dynamic_ncols=True)
+
+
+def make_examples(
+    conversations: list[Conversation],
+    prompts: list[Prompt],
+    student: LanguageModel,
+    teacher: LanguageModel,
+    args: CommonArguments,
+    accelerator: Accelerator,
+) -> list[Example]:
+    """The training examples that --completions asks for; says what was left out or cut."""
+    if args.completions == "teacher":
+        ids = [p.teacher for p in prompts]
+        responses = teacher_responses(
+            teacher,
+            ids,
+            args,
+            accelerator,
+            temperature=args.sampling_temperature,
+            top_p=args.top_p,
+            purpose="training text",
+        )
+        examples = teacher_examples(prompts, responses, args.max_length)
+        cut = sum(not r.finished for r in responses)
+    else:
+        examples, cut = dataset_examples(prompts, student, teacher, args.max_length)
+    tokens = sum(len(e.student.targets) for e in examples)
+    accelerator.print(
+        f"training text: {len(examples)} examples, {tokens} target tokens; {cut} responses cut "
+        f"short; {len(conversations) - len(prompts)} prompts left out, as they do not fit into "
+        f"--max-length {args.max_length}"
+    )
+    return examples
+
+
+def teacher_examples(
+    prompts: list[Prompt], responses: list[Response], max_length: int
+) -> list[Example]:
+    """Examples on the teacher's text: its ids go to both models as they are.
+
+    A response cut here to fit into `max_length` loses its end token, as it should.
+    """
+    return [
+        _cut(
+            with_response(prompt.student, response.ids),
+            with_response(prompt.teacher, response.ids),
+            prompt.conversation.where,
+            max_length,
+        )
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
+# ------------------------------------------------------------------ distributions and divergences
+
+
+def log_softmax_with_temperature(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) over the last axis, in float32 at least."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.log_softmax(logits.to(wide) / temperature, dim=-1)
+
+
+def softmax_with_temperature(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """softmax(logits / temperature) over the last axis, in float32 at least."""
+    return log_softmax_with_temperature(logits, temperature).exp()
+
+
+class Objective(NamedTuple):
+    """What is minimised, per target token: T² · D_T(teacher, student) + ce_weight · CE at T = 1."""
+
+    kl: str = "forward"  # forward | reverse | jsd
+    jsd_beta: float = 0.5
+    skew: float = 0.0
+    temperature: float = 1.0
+    ce_weight: float = 0.0
+
+
+def divergence(
+    student_logprobs: Tensor, teacher_logprobs: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """A divergence between two distributions, and its gradient.
+
+    forward  KL(teacher ‖ student), skewed: KL(teacher ‖ a·teacher + (1−a)·student)
+    reverse  KL(student ‖ teacher), skewed: KL(student ‖ a·student + (1−a)·teacher)
+    jsd      β·KL(teacher ‖ M) + (1−β)·KL(student ‖ M), M = β·teacher + (1−β)·student
+
+    with a = `skew` (DistiLLM, Ko et al. 2024) and β = `jsd_beta` (GKD, Agarwal et al. 2024, eq. 1).
+
+    Args:
+        student_logprobs, teacher_logprobs: (n, V), both at the temperature in use.
+
+    Returns:
+        The divergence (n,) in nats, and its gradient (n, V) with respect to the *logits* whose
+        log-softmax the student's log-probabilities are. With f = ∂D/∂student that gradient is
+        student · (f − Σ student · f); constants in f drop out.
+    """
+    kl, a, beta = objective.kl, objective.skew, objective.jsd_beta
+    teacher, student = teacher_logprobs.exp(), student_logprobs.exp()
+    if kl == "forward" and a == 0:
+        value = (teacher * (teacher_logprobs - student_logprobs)).sum(-1)
+        return value, student.sub_(teacher)
+    if kl == "reverse" and a == 0:
+        slope = student_logprobs - teacher_logprobs
+        value = (student * slope).sum(-1)
+    else:
+        share = {"jsd": beta, "forward": a, "reverse": 1 - a}[kl]  # of the teacher in the mixture
+        mixture_logprobs = torch.logaddexp(
+            teacher_logprobs + math.log(share), student_logprobs + math.log1p(-share)
+        )
+        if kl == "forward":
+            value = (teacher * (teacher_logprobs - mixture_logprobs)).sum(-1)
+            slope = (teacher_logprobs - mixture_logprobs).exp() * (a - 1)
+        elif kl == "reverse":
+            slope = student_logprobs - mixture_logprobs
+            value = (student * slope).sum(-1)
+            slope = slope - slope.exp() * a
+        else:
+            slope = student_logprobs - mixture_logprobs
+            value = (1 - beta) * (student * slope).sum(-1)
+            value += beta * (teacher * (teacher_logprobs - mixture_logprobs)).sum(-1)
+            slope = slope * (1 - beta)
+    return value, student * (slope - (student * slope).sum(-1, keepdim=True))
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Tokens to project at a time: on a CPU their logits should stay near the caches."""
+    elements = 2**22 if device.type == "cpu" else 2**26
+    return max(16, elements // vocabulary)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum over tokens of the objective, with gradients taken chunk by chunk in the forward pass.
+
+    Logits (chunk, V) are made, used for value and gradient, and dropped, so that memory beyond
+    inputs and their gradients does not grow with N x V. The gradients are *returned* from
+    backward, never written to `.grad`: tied embeddings add up and DDP reduces them once.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, bias, student, teacher_states, teacher, targets, objective):
+        wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wide = torch.promote_types(states.dtype, torch.float32)
+        sums = torch.zeros(2, dtype=wide, device=states.device)  # divergence, cross-entropy
+        # Float32 master weights are rounded to the product's dtype once, not per chunk.
+        student = student._replace(weight=weight.detach().to(states.dtype), bias=bias)
+        grad_states = torch.empty_like(states) if wants_states else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None
+        rows = chunk_rows(weight.shape[0], states.device)
+        for start in range(0, len(states), rows):
+            piece = slice(start, start + rows)
+            logits = student.logits(states[piece])
+            gradient = torch.zeros_like(logits)
+            if teacher is not None:
+                t = objective.temperature
+                value, slope = divergence(
+                    log_softmax_with_temperature(logits, t),
+                    log_softmax_with_temperature(teacher.logits(teacher_states[piece]), t),
+                    objective,
+                )
+                sums[0] += value.sum()
+                gradient.add_(slope, alpha=t)  # T² from the loss, 1/T from logits / T
+            if objective.ce_weight:
+                logprobs = log_softmax_with_temperature(logits)
+                target = targets[piece, None]
+                sums[1] -= logprobs.gather(1, target).sum()
+                slope = logprobs.exp_()
+                slope.scatter_add_(1, target, -torch.ones_like(target, dtype=slope.dtype))
+                gradient.add_(slope, alpha=objective.ce_weight)
+            gradient = student.transform_backward(gradient, logits)
+            if wants_bias:
+                grad_bias += gradient.sum(0)
+            gradient = gradient.to(states.dtype)
+            if wants_states:
+                grad_states[piece] = project(gradient, student.weight.t())
+            if wants_weight:
+                add_product(grad_weight, gradient, states[piece])
+        ctx.gradients = [grad_states, grad_weight, grad_bias]
+        ctx.mark_non_differentiable(sums)
+        loss = objective.temperature**2 * sums[0] + objective.ce_weight * sums[1]
+        return loss, sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _):
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [None if g is None else g.mul_(grad_loss) for g in gradients]
+        return (*scaled, *[None] * 5)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += leftᵀ @ right`, accumulated in `total`'s float32 whatever the inputs are."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.t(), right)
+    else:
+        total += project(left.t(), right.t())
+
+
+def distillation_loss(
+    student_states: Tensor,
+    student: Head,
+    targets: Tensor,
+    objective: Objective,
+    teacher_states: Tensor | None = None,
+    teacher: Head | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The objective summed over N target tokens, without ever holding N x V logits.
+
+    Args:
+        student_states: (N, d), the states that predict the targets.
+        targets: (N,) token ids, used by the cross-entropy term.
+        teacher_states, teacher: (N, d') and the teacher's head; None for cross-entropy alone.
+
+    Returns:
+        The loss, a scalar in nats summed over tokens, differentiable in the student's states and
+        head; and, detached, the sums (2,) of D_T (without T²) and of the cross-entropy (0 where
+        `ce_weight` is 0).
+    """
+    with torch.autocast(student_states.device.type, enabled=False):
+        return _ChunkedLoss.apply(
+            student_states, student.weight, student.bias, student,
+            teacher_states, teacher, targets, objective,
+        )  # fmt: skip
+
+
+def token_logprobs(states: Tensor, head: Head, targets: Tensor) -> Tensor:
+    """log p(target) at T = 1 for each token: (N,), differentiable in states and head.
+
+    For losses that couple tokens (spans), whose gradient is not known chunk by chunk: the logits
+    of a chunk are computed again in the backward pass instead of being kept.
+    """
+
+    def piece(states: Tensor, targets: Tensor) -> Tensor:
+        logprobs = log_softmax_with_temperature(head.logits(states))
+        return logprobs.gather(1, targets[:, None])[:, 0]
+
+    rows = chunk_rows(head.weight.shape[0], states.device)
+    with torch.autocast(states.device.type, enabled=False):
+        chunks = [
+            checkpoint(piece, s, t, use_reentrant=False)
+            for s, t in zip(states.split(rows), targets.split(rows), strict=True)
+        ]
+    return torch.cat(chunks) if chunks else states.sum(-1)
+
+
+class Comparison(NamedTuple):
+    """Two models on the same targets, per token and at T = 1."""
+
+    kl: Tensor  # (N,) KL(teacher ‖ student), nats
+    agreement: Tensor  # (N,) 1 where both have the same most likely token
+    student_logprob: Tensor  # (N,)
+    teacher_logprob: Tensor  # (N,)
+
+
+@torch.no_grad()
+def compare(
+    student_states: Tensor, student: Head, teacher_states: Tensor, teacher: Head, targets: Tensor
+) -> Comparison:
+    """What evaluation needs of two models' distributions, chunk by chunk."""
+    pieces = []
+    rows = chunk_rows(student.weight.shape[0], student_states.device)
+    for start in range(0, len(targets), rows):
+        piece = slice(start, start + rows)
+        ours = log_softmax_with_temperature(student.logits(student_states[piece]))
+        theirs = log_softmax_with_temperature(teacher.logits(teacher_states[piece]))
+        target = targets[piece, None]
+        pieces.append(
+            Comparison(
+                divergence(ours, theirs, Objective())[0],
+                (ours.argmax(-1) == theirs.argmax(-1)).float(),
+                ours.gather(1, target)[:, 0],
+                theirs.gather(1, target)[:, 0],
+            )
+        )
+    return Comparison(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+
+
+# ----------------------------------------------------------------------------------- generation
+
+END_CHECK = {
+    "cpu": 1,
+    "cuda": 8,
+}  # tokens between looks at who has finished; a look waits for a GPU
+
+
+class Response(NamedTuple):
+    ids: list[int]  # the end-of-turn token included, where one was written
+    finished: bool  # False: cut by the length limit
+
+
+def uniform(seeds: Tensor, position: int) -> Tensor:
+    """One float64 in [0, 1) per row, a function of (row's seed, position) alone: splitmix64."""
+    # The generator's constants as signed numbers: int64 tensors wrap around as it wants.
+    z = seeds + torch.full_like(seeds, position + 1) * -7046029254386353131
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    z = z ^ ((z >> 31) & ((1 << 33) - 1))
+    return ((z >> 11) & ((1 << 53) - 1)).double() / 2**53
+
+
+def row_seed(*parts: Any) -> int:
+    """A 63-bit seed that names a row: its text does not depend on the rows beside it."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
+    """One token per row: the inverse of the cumulative distribution at `uniforms` (0: greedy)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = softmax_with_temperature(logits, temperature)
+    order = None
+    if top_p < 1:
+        probabilities, order = probabilities.sort(-1, descending=True)
+        outside = probabilities.cumsum(-1) - probabilities >= top_p  # never the most likely one
+        probabilities = probabilities.masked_fill(outside, 0)
+    mass = probabilities.double().cumsum(-1)
+    tokens = torch.searchsorted(mass, (uniforms * mass[:, -1])[:, None], right=True)
+    tokens = tokens.clamp_max(logits.shape[-1] - 1)
+    return (tokens if order is None else order.gather(1, tokens))[:, 0]
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    batch_size: int = 256,
+) -> Iterator[tuple[int, Response]]:
+    """Answers to `prompts` (ids), as (index, response), shortest prompts first.
+
+    Nothing is taken from the model's generation_config but its end tokens.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    training = model.model.training
+    model.model.eval()  # also ends gradient checkpointing, which would switch the KV cache off
+    try:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            written = _generate_batch(
+                model, [prompts[i] for i in rows], [seeds[i] for i in rows],
+                max_new_tokens, temperature, top_p,
+            )  # fmt: skip
+            yield from zip(rows, written, strict=True)
+    finally:
+        model.model.train(training)
+
+
+@torch.inference_mode()
+def _generate_batch(
+    model: LanguageModel,
+    prompts: list[list[int]],
+    seeds: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> list[Response]:
+    device, width = model.device, max(map(len, prompts))
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])  # (B, T)
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask, ids = mask.to(device), ids.to(device)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    row_seeds = torch.tensor(seeds, device=device)
+    ends = torch.tensor(model.end_ids, device=device)
+    head, cache = model.head(), DynamicCache(config=model.model.config)
+    out = torch.full((len(prompts), max_new_tokens), -1, device=device)
+    alive = torch.arange(len(prompts), device=device)  # rows of `out` still being written
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for step in range(max_new_tokens):
+        states = model.backbone(
+            input_ids=ids, attention_mask=mask, position_ids=positions,
+            past_key_values=cache, use_cache=True,
+        ).last_hidden_state[:, -1]  # fmt: skip
+        tokens = sample(head.logits(states), uniform(row_seeds, step), temperature, top_p)
+        out[alive, step] = tokens
+        ended |= torch.isin(tokens, ends)
+        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        if (step + 1) % END_CHECK[device.type] == 0 and bool(ended.any()):
+            stay = (~ended).nonzero()[:, 0]
+            if len(stay) == 0:
+                break
+            cache.batch_select_indices(stay)
+            alive, row_seeds, ended = alive[stay], row_seeds[stay], ended[stay]
+            ids, positions, mask = ids[stay], positions[stay], mask[stay]
+        mask = F.pad(mask, (0, 1), value=1)
+    responses = []
+    for row in out.tolist():
+        stop = next((i for i, token in enumerate(row) if token in model.end_ids), None)
+        cut = row if stop is None else row[: stop + 1]
+        responses.append(Response(cut, stop is not None))
+    return responses
+
+
+def response_text(model: LanguageModel, response: Response) -> str:
+    """What a person reads: the response without its end-of-turn token."""
+    ids = response.ids[:-1] if response.finished else response.ids
+    return model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+# ----------------------------------------------------------------------------------- evaluation
+
+Row = dict[str, float]  # sums over one evaluation row: see `Evaluator`
+Scores = dict[str, float]
+
+# Scores that have a gap to close, whether more is better, and what the teacher itself has.
+GAPS = {
+    "kl_to_teacher": (False, 0.0),
+    "top1_agreement": (True, 1.0),
+    "exact_match": (True, None),
+    "error_rate": (False, None),
+}
+
+
+class Evaluator:
+    """Scores students and their teacher on the same held-out prompts.
+
+    On one fixed set of answers sampled from the teacher (temperature 1): `kl_to_teacher`
+    (KL(teacher ‖ student), nats per target token), `top1_agreement`, `nats_per_token`, and
+    `bits_per_byte` of the answers' text without end tokens. On greedy answers: `exact_match`,
+    `error_rate` (word edit distance to the nearest reference over that reference's words),
+    `response_tokens` and `cut_off`, the share that reached the length limit. Rows without a
+    reference are measured against the teacher's own greedy answer.
+    """
+
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        teacher: LanguageModel,
+        args: CommonArguments,
+        accelerator: Accelerator,
+    ) -> None:
+        self.args, self.accelerator = args, accelerator
+        ids = [p.teacher for p in prompts]
+        write = functools.partial(teacher_responses, teacher, ids, args, accelerator)
+        greedy = write(temperature=0.0, purpose="greedy answers to the evaluation prompts")
+        samples = write(temperature=1.0, purpose="samples for the evaluation prompts")
+        self.references = [
+            p.conversation.references or [response_text(teacher, answer)]
+            for p, answer in zip(prompts, greedy, strict=True)
+        ]
+        self.unreferenced = sum(not p.conversation.references for p in prompts)
+        share = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+        self.prompts = {i: prompts[i].student for i in share}
+        examples = teacher_examples(prompts, samples, args.max_length)
+        self.batches = length_batches({i: examples[i] for i in share})
+        self.bytes = [len(response_text(teacher, s).encode()) for s in samples]
+        self.text_tokens = [len(s.ids) - s.finished for s in samples]
+        self.teacher_head = teacher.head()
+        self.teacher_states = [
+            teacher_states(teacher, collate([e.teacher for _, e in batch], teacher.device)).cpu()
+            for batch in self.batches
+        ]
+        rows = {i: self._answer_row(i, greedy[i], response_text(teacher, greedy[i])) for i in share}
+        for batch, states in zip(self.batches, self.teacher_states, strict=True):
+            targets = collate([e.teacher for _, e in batch], teacher.device).targets
+            with torch.no_grad():
+                logprobs = token_logprobs(states.to(teacher.device), self.teacher_head, targets)
+            self._add_likelihoods(rows, batch, logprobs)
+        self.teacher_rows = self._gathered(rows)
+
+    def __call__(self, student: LanguageModel, show: int = 0) -> list[Row]:
+        """One row of sums per evaluation prompt, on every process; prints `show` answers."""
+        rows = {}
+        ids = list(self.prompts.values())
+        answers = generate(
+            student, ids, [0] * len(ids), max_new_tokens=self.args.max_new_tokens,
+            temperature=0.0, batch_size=self.args.generation_batch_size,
+        )  # fmt: skip
+        for place, answer in answers:
+            i, text = list(self.prompts)[place], response_text(student, answer)
+            rows[i] = self._answer_row(i, answer, text)
+            if i < show:
+                asked = student.tokenizer.decode(ids[place])
+                self.accelerator.print(f"  {asked!r}\n    {text!r}  (of {self.references[i]})")
+        training = student.model.training
+        student.model.eval()
+        for batch, states in zip(self.batches, self.teacher_states, strict=True):
+            inputs = collate([e.student for _, e in batch], student.device)
+            with torch.no_grad():
+                compared = compare(
+                    student.states(inputs), student.head(),
+                    states.to(student.device), self.teacher_head, inputs.targets,
+                )  # fmt: skip
+            self._add_likelihoods(rows, batch, compared.student_logprob)
+            places = inputs.rows.cpu()
+            for name, values in (("kl", compared.kl), ("agree", compared.agreement)):
+                sums = torch.zeros(len(batch)).index_add_(0, places, values.float().cpu())
+                for (i, _), value in zip(batch, sums.tolist(), strict=True):
+                    rows[i][name] = value
+        student.model.train(training)
+        return self._gathered(rows)
+
+    def _answer_row(self, i: int, answer: Response, text: str) -> Row:
+        words = text.split()
+        edits, length = min(
+            (edit_distance(words, reference.split()), len(reference.split()))
+            for reference in self.references[i]
+        )
+        return {
+            "exact": float(edits == 0),
+            "edits": edits,
+            "reference_words": length,
+            "response_tokens": len(answer.ids),
+            "cut_off": float(not answer.finished),
+        }
+
+    def _add_likelihoods(
+        self, rows: dict[int, Row], batch: list[tuple[int, Example]], logprobs: Tensor
+    ) -> None:
+        counts = [len(example.student.targets) for _, example in batch]
+        for (i, _), part in zip(batch, logprobs.float().cpu().split(counts), strict=True):
+            rows[i] |= {
+                "tokens": len(part),
+                "nats": -part.sum().item(),
+                "text_nats": -part[: self.text_tokens[i]].sum().item(),
+                "bytes": self.bytes[i],
+            }
+
+    def _gathered(self, rows: dict[int, Row]) -> list[Row]:
+        everything = dict(gather_object(list(rows.items())))
+        return [everything[i] for i in sorted(everything)]
+
+
+@torch.no_grad()
+def teacher_states(teacher: LanguageModel, batch: Batch) -> Tensor:
+    """The teacher's final states (N, d) at the batch's targets, without a graph."""
+    return teacher.states(batch)
+
+
+def length_batches(
+    examples: dict[int, Example], tokens: int = 16384
+) -> list[list[tuple[int, Example]]]:
+    """Examples of similar length together, at most `tokens` of padded input in a batch."""
+    batches: list[list[tuple[int, Example]]] = []
+    for i, example in sorted(examples.items(), key=lambda item: len(item[1].student.ids)):
+        width = max(len(example.student.ids), len(example.teacher.ids))
+        if not batches or (len(batches[-1]) + 1) * width > tokens:
+            batches.append([])
+        batches[-1].append((i, example))
+    return batches
+
+
+def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
+    """Insertions, deletions and substitutions between two sequences of words (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def scores(rows: list[Row]) -> Scores:
+    """The numbers of a results table from evaluation rows; `Evaluator` tells their meaning."""
+
+    def ratio(top: str, bottom: str) -> float:
+        return sum(r[top] for r in rows) / max(1, sum(r[bottom] for r in rows))
+
+    found = {}
+    if "kl" in rows[0]:
+        found["kl_to_teacher"] = ratio("kl", "tokens")
+        found["top1_agreement"] = ratio("agree", "tokens")
+    return found | {
+        "nats_per_token": ratio("nats", "tokens"),
+        "bits_per_byte": ratio("text_nats", "bytes") / math.log(2),
+        "exact_match": sum(r["exact"] for r in rows) / len(rows),
+        "error_rate": ratio("edits", "reference_words"),
+        "response_tokens": sum(r["response_tokens"] for r in rows) / len(rows),
+        "cut_off": sum(r["cut_off"] for r in rows) / len(rows),
+    }
+
+
+def gap_recovered(before: list[Row], after: list[Row], teacher: list[Row]) -> Scores:
+    """(after − before) / (teacher − before), where the teacher is better by more than noise.
+
+    Noise is two standard errors of the paired difference between the rows.
+    """
+    per_row = {
+        "kl_to_teacher": lambda r: r.get("kl", 0.0) / max(1, r["tokens"]),
+        "top1_agreement": lambda r: r.get("agree", r["tokens"]) / max(1, r["tokens"]),
+        "exact_match": lambda r: r["exact"],
+        "error_rate": lambda r: r["edits"] / max(1, r["reference_words"]),
+    }
+    was, now, goal = scores(before), scores(after), scores(teacher)
+    found = {}
+    for name, (more_is_better, own) in GAPS.items():
+        if name not in was:
+            continue
+        value = per_row[name]
+        gaps = torch.tensor(
+            [value(t) - value(b) for t, b in zip(teacher, before, strict=True)], dtype=torch.float64
+        )
+        mean = gaps.mean().item() * (1 if more_is_better else -1)
+        if len(gaps) > 1 and mean > 2 * gaps.std().item() / math.sqrt(len(gaps)):
+            target = goal.get(name, own)
+            found[name] = (now[name] - was[name]) / (target - was[name])
+    return found
+
+
+# ------------------------------------------------------------------------------------ run state
+
+
+class TrainingError(UsageError):
+    """Training went wrong rather than its input."""
+
+
+def start(args: CommonArguments) -> Accelerator:
+    """Processes and device through accelerate; quiet libraries; checks that need no model."""
+    if args.output_dir and Path(args.output_dir).exists() and any(Path(args.output_dir).iterdir()):
+        if not args.overwrite:
+            raise UsageError(
+                f"--output-dir {args.output_dir} is not empty: name another, or add --overwrite"
+            )
+        if not (Path(args.output_dir) / "args.json").is_file():
+            raise UsageError(
+                f"--overwrite would remove {args.output_dir}, which holds no run of this suite"
+            )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.manual_seed(args.seed)  # dropout; data order and sampling do not depend on it
+    return Accelerator(mixed_precision="no")  # autocast is entered in LanguageModel.backbone
+
+
+def total_steps(args: CommonArguments, examples: int) -> int:
+    """--max-steps, else --epochs over the examples."""
+    return (
+        args.max_steps
+        if args.max_steps > 0
+        else math.ceil(args.epochs * examples / args.batch_size)
+    )
+
+
+def learning_rate(step: int, steps: int, args: CommonArguments) -> float:
+    """Linear warm-up, then a cosine to zero: a pure function of the step."""
+    if step < args.warmup_steps:
+        return args.learning_rate * (step + 1) / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, steps - args.warmup_steps)
+    return args.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_optimizer(model: nn.Module, args: CommonArguments) -> torch.optim.Optimizer:
+    """AdamW (betas 0.9, 0.95) with weight decay on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def reduce_gradients(
+    accelerator: Accelerator, module: nn.Module, now: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Processes add up their gradients once for each step, in its last micro-batch."""
+    return contextlib.nullcontext() if now else accelerator.no_sync(module)
+
+
+def show(bar: tqdm, numbers: dict[str, float]) -> None:
+    """Loss and speed beside a progress bar."""
+    if numbers:
+        speed = numbers["speed/tokens_per_second"]
+        bar.set_postfix(loss=f"{numbers['train/loss']:.4f}", tokens_per_second=f"{speed:.0f}")
+
+
+class Run:
+    """A run's directory: what it was asked, what it measured, what it made."""
+
+    def __init__(self, script: str, args: CommonArguments, accelerator: Accelerator) -> None:
+        self.script, self.args, self.accelerator = script, args, accelerator
+        self.started = time.perf_counter()
+        self.pending: list[tuple[int, dict[str, Any], list[str]]] = []
+        self.rate = (time.perf_counter(), 0)
+        self.directory = Path()
+        if accelerator.is_main_process:
+            self.directory = self._claim()
+            write_json(self.directory / "args.json", {"script": script} | vars(args))
+            accelerator.print(f"run directory: {self.directory}")
+        accelerator.wait_for_everyone()
+
+    def _claim(self) -> Path:
+        """Make the directory, so that no run side by side takes the same."""
+        named = self.args.output_dir
+        if named and self.args.overwrite and Path(named).exists():
+            shutil.rmtree(named)
+        skipped = {"output_dir", "overwrite", "cache_dir", "logging_steps", "generation_batch_size"}
+        parts = [
+            f"{name.replace('_', '-')}-{Path(str(value)).name}"
+            for name, value in changed_flags(self.args).items()
+            if name not in skipped
+        ]
+        base = Path(named or "runs/" + "-".join([self.script, *parts])[:180])
+        for number in range(1, 10_000):
+            directory = base if number == 1 else base.with_name(f"{base.name}-{number}")
+            with contextlib.suppress(FileExistsError), make_writable(directory.parent):
+                directory.mkdir(exist_ok=bool(named))
+                return directory
+        raise UsageError(f"{base} and 9999 numbered ones are taken")
+
+    def log(self, step: int, tokens: int, values: dict[str, Any], examples: list[str]) -> None:
+        """Record a training step. Device tensors are not waited for until `flush`."""
+        self.rate = (self.rate[0], self.rate[1] + tokens)
+        self.pending.append((step, values, examples))
+
+    def flush(self) -> dict[str, float]:
+        """Write what was logged; the last line's numbers. A non-finite one ends the run."""
+        if not self.pending:
+            return {}
+        seconds, now = time.perf_counter() - self.rate[0], time.perf_counter()
+        speed = self.rate[1] / max(seconds, 1e-9)
+        self.rate = (now, 0)
+        lines = []
+        for step, values, examples in self.pending:
+            numbers = {name: float(value) for name, value in values.items()}
+            if not all(map(math.isfinite, numbers.values())):
+                raise TrainingError(
+                    f"loss or gradient is not finite at step {step}: {numbers}; its examples: "
+                    f"{', '.join(examples[:3])} and {max(0, len(examples) - 3)} more"
+                )
+            lines.append({"step": step, **numbers, "speed/tokens_per_second": speed})
+        self.pending = []
+        self.write(*lines)
+        return lines[-1]
+
+    def write(self, *lines: dict[str, Any]) -> None:
+        """Append lines to metrics.jsonl."""
+        if self.accelerator.is_main_process:
+            with open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def write_scores(self, step: int, found: Scores) -> None:
+        self.write({"step": step} | {f"eval/{name}": value for name, value in found.items()})
+        self.rate = (time.perf_counter(), 0)  # evaluation is not training time
+
+    def finish(
+        self,
+        student: LanguageModel,
+        before: list[Row],
+        after: list[Row],
+        evaluator: Evaluator,
+        **more: Any,
+    ) -> None:
+        """Write final/, results.json and curves.png, and print the table."""
+        if not self.accelerator.is_main_process:
+            return
+        results = {
+            "teacher": scores(evaluator.teacher_rows),
+            "before": scores(before),
+            "after": scores(after),
+            "gap_recovered": gap_recovered(before, after, evaluator.teacher_rows),
+            "evaluation": {"rows": len(before), "unreferenced_rows": evaluator.unreferenced},
+            **more,
+            "seconds": time.perf_counter() - self.started,
+            "versions": {
+                name: importlib.metadata.version(name)
+                for name in ("torch", "transformers", "datasets", "accelerate")
+            },
+        }
+        table = results_table(results)
+        save_student(student, self.directory / "final", self._model_card(table))
+        write_json(self.directory / "results.json", results)
+        draw_curves([self.directory], self.directory / "curves.png")
+        print(table)
+        if evaluator.unreferenced:
+            print(
+                f"{evaluator.unreferenced} of {len(before)} evaluation rows have no reference: "
+                "there exact_match and error_rate compare with the teacher's greedy answer"
+            )
+        print(f"student: {self.directory / 'final'}")
+
+    def _model_card(self, table: str) -> str:
+        args = self.args
+        flags = " ".join(
+            f"--{name.replace('_', '-')} {value}"
+            for name, value in changed_flags(args).items()
+            if name not in {"output_dir", "cache_dir", "overwrite"}
+        )
+        return "\n".join(
+            [
+                "---", "library_name: transformers", "pipeline_tag: text-generation",
+                "tags: [distillation]", "---", "",
+                f"# {Path(args.student).name}, distilled from {Path(args.teacher).name}", "",
+                f"- method: `{self.script}.py`", f"- teacher: `{Path(args.teacher).name}`",
+                f"- student: `{Path(args.student).name}`", f"- data: `{Path(args.dataset).name}`",
+                f"- flags: `{flags or 'none'}`", "", "```", table, "```", "",
+            ]
+        )  # fmt: skip
+
+
+def save_student(student: LanguageModel, directory: Path, card: str) -> None:
+    """Model, tokenizer with its chat template, and model card; ends where training ended turns."""
+    student.model.generation_config.eos_token_id = student.end_ids
+    with make_writable(directory):
+        student.model.save_pretrained(directory)
+        student.tokenizer.save_pretrained(directory)
+        (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Beside and renamed: a cut leaves the old file or the new one."""
+    beside = path.with_name(path.name + ".part")
+    with make_writable(path.parent):
+        beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """Teacher, before and after, a line for each score."""
+    lines = [f"{'':16}{'teacher':>10}{'before':>10}{'after':>10}{'gap recovered':>16}"]
+    for name in results["after"]:
+        cells = [results[column].get(name) for column in ("teacher", "before", "after")]
+        row = "".join(f"{'–' if c is None else format(c, '.4f'):>10}" for c in cells)
+        gap = results["gap_recovered"].get(name)
+        lines.append(f"{name:16}{row}{'' if gap is None else format(gap, '.1%'):>16}".rstrip())
+    return "\n".join(lines)
+
+
+def draw_curves(directories: Sequence[Path], target: Path) -> None:
+    """Loss and evaluation against step, one line for each run; says so without matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print(f'no {target.name}: it needs matplotlib (pip install -e ".[plots]")')
+        return
+    panels = ("train/loss", "eval/kl_to_teacher", "eval/exact_match", "eval/error_rate")
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(18, 4), layout="constrained")
+    for directory in directories:
+        text = (directory / "metrics.jsonl").read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines()]
+        for name, axis in zip(panels, axes, strict=True):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            marker = "o" if name.startswith("eval") else None
+            axis.plot(*zip(*points, strict=True), label=directory.name, marker=marker, markersize=3)
+    for name, axis in zip(panels, axes, strict=True):
+        axis.set(title=name, xlabel="step")
+        axis.grid(alpha=0.3)
+    if len(directories) > 1:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center")
+    figure.savefig(target, dpi=100)
+    pyplot.close(figure)
+
+
+def compare_runs(paths: Iterable[str]) -> None:
+    """`python common.py runs/*`: the scores of finished runs in one table and one picture."""
+    found = [Path(p) for p in paths if (Path(p) / "results.json").is_file()]
+    if not found:
+        raise UsageError("no finished run (a directory with a results.json) among the arguments")
+    columns = ("kl_to_teacher", "top1_agreement", "exact_match", "error_rate", "bits_per_byte")
+    width = max(len(p.name) for p in found) + 2
+    heads = "".join(f"{c:>16}" for c in columns)
+    print(f"{'after training':{width}}{heads}{'gap (exact)':>16}{'seconds':>10}")
+    for path in found:
+        results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+        cells = [results["after"].get(c) for c in columns]
+        row = "".join(f"{'–' if c is None else format(c, '.4f'):>16}" for c in cells)
+        gap = results["gap_recovered"].get("exact_match")
+        shown = "–" if gap is None else format(gap, ".1%")
+        print(f"{path.name:{width}}{row}{shown:>16}{results['seconds']:>10.0f}")
+    picture = found[0].parent / "comparison.png"
+    draw_curves(found, picture)
+    if picture.exists():
+        print(f"picture: {picture}")
+
+
+if __name__ == "__main__":
+    try:
+        compare_runs(sys.argv[1:])
+    except UsageError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,92 @@
+"""Fixtures: tiny random models of several architectures, and the scripts as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import common  # noqa: E402  (the modules lie in the repository's root and are not installed)
+
+
+def run_script(
+    script: str, *flags: str | Path, cwd: Path, timeout: int = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script in `cwd` as a user would, and return what it printed."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, flags)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+    )
+
+
+def tiny_model(kind: str, vocabulary: int, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A random float32 model of an architecture with its own way to make logits."""
+    torch.manual_seed(seed)
+    size = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "initializer_range": 0.3,
+        **changes,
+    }
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(**{"tie_word_embeddings": False, **size})).eval()
+    if kind == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(**{"tie_word_embeddings": True, **size})).eval()
+    if kind == "gemma2":
+        cap = {"final_logit_softcapping": 5.0, "head_dim": 8, "query_pre_attn_scalar": 8}
+        return Gemma2ForCausalLM(Gemma2Config(**{**size, **cap})).eval()
+    if kind == "gpt2":
+        config = GPT2Config(
+            vocab_size=vocabulary, n_positions=512, n_embd=32, n_layer=2, n_head=4,
+            eos_token_id=1, pad_token_id=0, initializer_range=0.3,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+        return GPT2LMHeadModel(config).eval()
+    raise ValueError(kind)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(common.DATA / "teacher")
+
+
+@pytest.fixture(scope="session")
+def tiny(tokenizer):
+    """A tiny model with the embedded tokenizer, as a `LanguageModel`."""
+
+    def make(kind: str, seed: int = 0, **changes: object) -> common.LanguageModel:
+        model = tiny_model(kind, len(tokenizer.get_vocab()), seed, **changes)
+        return common.LanguageModel(kind, model, tokenizer, torch.float32, f"{kind}-{seed}")
+
+    return make

@@ -1,0 +1,243 @@
+"""The divergences and the chunked loss against brute force in float64, values and gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import common
+from common import Head, Objective
+
+OBJECTIVES = [
+    Objective("forward"),
+    Objective("reverse"),
+    Objective("jsd", jsd_beta=0.5),
+    Objective("jsd", jsd_beta=0.1),
+    Objective("forward", skew=0.1),
+    Objective("reverse", skew=0.1),
+    Objective("forward", ce_weight=0.7),
+    Objective("reverse", ce_weight=1.3),
+]
+
+
+def plain_divergence(student: Tensor, teacher: Tensor, objective: Objective) -> Tensor:
+    """Straight from the definitions, on probabilities (n, V), differentiable."""
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return (p * (p.log() - q.log())).sum(-1)
+
+    a, beta = objective.skew, objective.jsd_beta
+    if objective.kl == "forward":
+        return kl(teacher, a * teacher + (1 - a) * student)
+    if objective.kl == "reverse":
+        return kl(student, a * student + (1 - a) * teacher)
+    mixture = beta * teacher + (1 - beta) * student
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
+
+
+def plain_loss(
+    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, objective: Objective
+) -> Tensor:
+    t = objective.temperature
+    student, teacher = (torch.softmax(x / t, -1) for x in (student_logits, teacher_logits))
+    loss = t**2 * plain_divergence(student, teacher, objective).sum()
+    ce = -torch.log_softmax(student_logits, -1).gather(1, targets[:, None]).sum()
+    return loss + objective.ce_weight * ce
+
+
+def random_heads(dtype=torch.float64, n=37, v=53, d=12, bias=True, scale=1.0, softcap=None):
+    torch.manual_seed(0)
+    states, theirs = torch.randn(n, d, dtype=dtype), torch.randn(n, d + 3, dtype=dtype)
+    weight, teacher_weight = torch.randn(v, d, dtype=dtype), torch.randn(v, d + 3, dtype=dtype)
+    biases = [torch.randn(v, dtype=dtype) if bias else None for _ in range(2)]
+    student = Head(weight.requires_grad_(), biases[0], scale, softcap)
+    if bias:
+        biases[0].requires_grad_()
+    teacher = Head(teacher_weight, biases[1], scale, softcap)
+    return states.requires_grad_(), student, theirs, teacher, torch.randint(0, v, (n,))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"bias": False}, {"softcap": 5.0}, {"scale": 0.3}, {"scale": 2.0, "softcap": 4.0}],
+    ids=str,
+)
+def test_chunked_loss_equals_plain_loss(objective, temperature, shape, monkeypatch):
+    """Loss and every gradient to 1e-5 relative (in fact rounding), over several chunks."""
+    monkeypatch.setattr(common, "chunk_rows", lambda *_: 8)
+    objective = objective._replace(temperature=temperature)
+    states, student, theirs, teacher, targets = random_heads(**shape)
+    leaves = [x for x in (states, student.weight, student.bias) if x is not None]
+
+    def logits(states: Tensor, head: Head) -> Tensor:
+        raw = states @ head.weight.T + (0 if head.bias is None else head.bias)
+        raw = raw * head.scale
+        return raw if head.softcap is None else head.softcap * torch.tanh(raw / head.softcap)
+
+    plain = plain_loss(logits(states, student), logits(theirs, teacher), targets, objective)
+    expected = torch.autograd.grad(plain, leaves)
+    chunked, sums = common.distillation_loss(states, student, targets, objective, theirs, teacher)
+    found = torch.autograd.grad(chunked * 3.0, leaves)
+    assert chunked.item() == pytest.approx(plain.item(), rel=1e-9)
+    for ours, theirs_ in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, 3.0 * theirs_, rtol=1e-8, atol=1e-9)
+    assert objective.temperature**2 * sums[0] + objective.ce_weight * sums[1] == chunked
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[:6], ids=str)
+def test_divergence_value_and_gradient(objective):
+    """`divergence` alone: value per row, and gradient with respect to the logits."""
+    torch.manual_seed(1)
+    logits = torch.randn(5, 11, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(5, 11, dtype=torch.float64)
+    plain = plain_divergence(logits.softmax(-1), teacher.softmax(-1), objective)
+    (expected,) = torch.autograd.grad(plain.sum(), logits)
+    with torch.no_grad():
+        value, gradient = common.divergence(
+            logits.log_softmax(-1), teacher.log_softmax(-1), objective
+        )
+    torch.testing.assert_close(value, plain.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+    assert (value > 0).all()
+    assert gradient.sum(-1).abs().max() < 1e-12  # logits are free up to a constant
+    same = common.divergence(teacher.log_softmax(-1), teacher.log_softmax(-1), objective)
+    assert same[0].abs().max() < 1e-12 and same[1].abs().max() < 1e-12
+
+
+def test_direction_of_the_divergences():
+    """Forward KL punishes missing a mode, reverse KL punishes inventing one."""
+    teacher = torch.tensor([[0.5, 0.5, 1e-9]]).log()
+    covering, seeking = (torch.tensor([x]).log() for x in ([0.34, 0.33, 0.33], [0.98, 0.01, 0.01]))
+
+    def value(student: Tensor, kl: str) -> float:
+        return common.divergence(student, teacher, Objective(kl))[0].item()
+
+    assert value(covering, "forward") == pytest.approx(math.log(0.5) - math.log(0.335), abs=1e-2)
+    assert value(covering, "forward") < value(seeking, "forward")
+    assert value(covering, "reverse") > value(seeking, "reverse")
+
+
+def test_no_target_gives_a_connected_zero():
+    """A micro-batch without targets: loss 0 and gradients of zeros, not None and not NaN."""
+    states, student, theirs, teacher, targets = random_heads()
+    none = slice(0, 0)
+    loss, _ = common.distillation_loss(
+        states[none], student, targets[none], OBJECTIVES[-1], theirs[none], teacher
+    )
+    found = torch.autograd.grad(loss, [states, student.weight, student.bias])
+    assert loss.item() == 0 and all(g.abs().sum() == 0 for g in found)
+
+
+def test_frozen_head_gets_no_gradient():
+    states, student, theirs, teacher, targets = random_heads(bias=False)
+    frozen = student._replace(weight=student.weight.detach())
+    arguments = (targets, Objective(), theirs, teacher)
+    (ours,) = torch.autograd.grad(common.distillation_loss(states, frozen, *arguments)[0], states)
+    (full,) = torch.autograd.grad(common.distillation_loss(states, student, *arguments)[0], states)
+    assert torch.equal(ours, full)
+
+
+def test_without_a_teacher_it_is_cross_entropy():
+    states, student, _, _, targets = random_heads(bias=False)
+    loss, sums = common.distillation_loss(states, student, targets, Objective(ce_weight=1.0))
+    expected = torch.nn.functional.cross_entropy(
+        states @ student.weight.T, targets, reduction="sum"
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert sums.tolist() == [0.0, loss.item()]
+
+
+def test_token_logprobs_and_their_gradient(monkeypatch):
+    """The recomputing form, under a loss that couples tokens, against plain log-softmax."""
+    monkeypatch.setattr(common, "chunk_rows", lambda *_: 5)
+    states, head, _, _, targets = random_heads(softcap=3.0)
+    leaves = [states, head.weight, head.bias]
+    ours = common.token_logprobs(states, head, targets)
+    raw = states @ head.weight.T + head.bias
+    plain = (3 * torch.tanh(raw / 3)).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
+    found = torch.autograd.grad(ours.view(-1)[:36].view(6, 6).sum(1).exp().sum(), leaves)
+    expected = torch.autograd.grad(plain[:36].view(6, 6).sum(1).exp().sum(), leaves)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-14)
+
+
+def test_bfloat16_states_are_summed_in_float32():
+    """Half-precision inputs: the logits are no worse than rounding the inputs makes them."""
+    states, student, *_ = random_heads(torch.float32, n=64, v=300, d=64)
+    rounded = states.detach().bfloat16()
+    exact = student.logits(rounded.double().float())
+    weight = student.weight.detach().bfloat16()
+    found = common.project(rounded, weight, student.bias.detach())
+    assert found.dtype == torch.float32
+    reference = rounded.double() @ weight.double().T + student.bias.double()
+    assert (found - reference).abs().max() < 1e-4 < (exact - reference).abs().max()
+
+
+def test_temperature_and_float32():
+    logits = torch.tensor([[1000.0, 998.0, -1000.0]], dtype=torch.bfloat16)
+    out = common.softmax_with_temperature(logits, 2.0)
+    assert out.dtype == torch.float32
+    odds = (logits[0, 0].item() - logits[0, 1].item()) / 2
+    assert out[0, 0].item() == pytest.approx(1 / (1 + math.exp(-odds)), rel=1e-6)
+    log = common.log_softmax_with_temperature(logits, 2.0)
+    assert torch.isfinite(log).all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gpt2"])
+def test_head_is_the_models_own(kind, tiny):
+    """States times head, transformed, are the model's own logits; and `check_head` agrees."""
+    model = tiny(kind)
+    ids = torch.arange(2, 20).view(2, 9)
+    own = model.model(input_ids=ids).logits
+    ours = model.head().logits(model.backbone(input_ids=ids).last_hidden_state.flatten(0, 1))
+    torch.testing.assert_close(ours, own.flatten(0, 1), rtol=1e-5, atol=1e-5)
+    common.check_head(model)
+    if kind == "gemma2":
+        model.model.config.final_logit_softcapping = 50.0  # now the configuration lies
+        model.model.final_logit_softcapping = 5.0
+        ours = model.head().logits(model.backbone(input_ids=ids).last_hidden_state.flatten(0, 1))
+        assert (ours - own.flatten(0, 1)).abs().max() > 0.01
+
+
+def test_head_that_is_not_understood_is_refused(tiny):
+    model = tiny("llama")
+    model.model.lm_head.register_forward_hook(lambda *a: a[-1].tanh())
+    with pytest.raises(common.UsageError, match="changes its logits"):
+        common.check_head(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gpt2"])
+def test_gradient_through_whole_models(kind, tiny):
+    """Tied and untied embeddings, bias, softcap: every parameter's gradient equals autograd's."""
+    student, teacher = tiny(kind, seed=1), tiny(kind, seed=2)
+    examples = [
+        common.Tokens([5, 6, 7, 8, 9, 1], [3, 4, 5]),
+        common.Tokens([9, 8, 7, 6], [1, 3]),
+        common.Tokens([4, 4], [1]),
+    ]
+    batch = common.collate(examples, torch.device("cpu"))
+    objective = Objective("jsd", temperature=2.0, ce_weight=0.5)
+    loss, _ = common.distillation_loss(
+        student.states(batch), student.head(), batch.targets, objective,
+        common.teacher_states(teacher, batch), teacher.head(),
+    )  # fmt: skip
+    parameters = list(student.model.parameters())
+    found = torch.autograd.grad(loss, parameters)
+    plain = 0.0
+    for tokens in examples:  # one by one: no padding at all
+        ids = torch.tensor([tokens.ids])
+        place = torch.tensor(tokens.targets) - 1
+        with torch.no_grad():
+            theirs = teacher.model(input_ids=ids).logits[0, place]
+        ours = student.model(input_ids=ids).logits[0, place]
+        plain = plain + plain_loss(ours, theirs, ids[0, place + 1], objective)
+    expected = torch.autograd.grad(plain, parameters)
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max() + 1e-7)
