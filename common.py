@@ -97,7 +97,7 @@ class CommonArguments:
     epochs: float = flag(3.0, "passes over the training prompts")
     max_steps: int = flag(-1, "optimizer steps; wins over --epochs")
     batch_size: int = flag(64, "examples in an optimizer step, over all processes")
-    micro_batch_size: int = flag(0, "examples in a backward pass of a process (0: all its share)")
+    micro_batch_size: int = flag(16, "examples in a backward pass of a process (0: all its share)")
     learning_rate: float = flag(2e-3, "peak of the schedule (linear warm-up, cosine to zero)")
     weight_decay: float = flag(0.01, "decoupled weight decay, on matrices only")
     warmup_steps: int = flag(30, "steps of linear warm-up")
