@@ -46,6 +46,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
+STARTED = time.perf_counter()
 DATA = Path(__file__).resolve().parent / "data"
 
 
@@ -554,14 +555,16 @@ def _as_conversation(record: Any, where: str) -> Conversation:
     record = {key: value for key, value in record.items() if value is not None}
     turns = record.get("messages", record.get("conversations"))
     if turns is not None:
+        if not isinstance(turns, list):
+            raise ValueError("a conversation must be a list of turns")
         messages = [_as_message(turn) for turn in turns]
     elif "instruction" in record:
-        asked = "\n\n".join(filter(None, [record["instruction"], record.get("input")]))
-        messages = [{"role": "user", "content": asked}]
+        parts = [_as_text(record[k]) for k in ("instruction", "input") if record.get(k)]
+        messages = [{"role": "user", "content": "\n\n".join(parts)}]
     elif isinstance(record.get("prompt"), list):
         messages = [_as_message(turn) for turn in record["prompt"]]
     elif "prompt" in record:
-        messages = [{"role": "user", "content": record["prompt"]}]
+        messages = [{"role": "user", "content": _as_text(record["prompt"])}]
     else:
         raise ValueError(
             "none of the columns messages, conversations, prompt, instruction is there and not null"
@@ -575,9 +578,8 @@ def _as_conversation(record: Any, where: str) -> Conversation:
         raise ValueError("there is no turn to answer")
     if messages[-1]["role"] == "assistant":
         raise ValueError("two assistant turns follow each other")
-    for text in [m["content"] for m in messages] + ([] if answer is None else [answer]):
-        if not isinstance(text, str):
-            raise ValueError(f"text must be a string, not {type(text).__name__}")
+    if answer is not None:
+        _as_text(answer)
     references = record.get("references", [record["reference"]] if "reference" in record else [])
     if not references and answer is not None:
         references = [answer]
@@ -595,7 +597,18 @@ def _as_message(turn: Any) -> dict[str, str]:
         raise ValueError("a turn has no role")
     if content is None:
         raise ValueError(f"the content of a {role} turn is null or missing")
-    return {"role": role, "content": content}
+    return {"role": role, "content": _as_text(content)}
+
+
+def _as_text(value: Any) -> str:
+    """A string that can be encoded; JSON can spell half of a surrogate pair, which cannot."""
+    if not isinstance(value, str):
+        raise ValueError(f"text must be a string, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("text holds half of a surrogate pair") from None
+    return value
 
 
 def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversation]]:
@@ -1223,21 +1236,19 @@ def compare(
 
 # ----------------------------------------------------------------------------------- generation
 
-END_CHECK = {
-    "cpu": 1,
-    "cuda": 8,
-}  # tokens between looks at who has finished; a look waits for a GPU
-
 
 class Response(NamedTuple):
     ids: list[int]  # the end-of-turn token included, where one was written
     finished: bool  # False: cut by the length limit
 
 
-def uniform(seeds: Tensor, position: int) -> Tensor:
-    """One float64 in [0, 1) per row, a function of (row's seed, position) alone: splitmix64."""
-    # The generator's constants as signed numbers: int64 tensors wrap around as it wants.
-    z = seeds + torch.full_like(seeds, position + 1) * -7046029254386353131
+def uniforms(seeds: Sequence[int], positions: int) -> Tensor:
+    """Numbers in [0, 1), (rows, positions), each a function of (row's seed, position): splitmix64.
+
+    Made on the CPU for a whole batch at once, in float64, which not every device has.
+    """
+    # The generator's constants as signed numbers: int64 wraps around as it wants.
+    z = torch.arange(1, positions + 1) * -7046029254386353131 + torch.tensor(seeds)[:, None]
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
     z = z ^ ((z >> 31) & ((1 << 33) - 1))
@@ -1250,8 +1261,8 @@ def row_seed(*parts: Any) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
-    """One token per row: the inverse of the cumulative distribution at `uniforms` (0: greedy)."""
+def sample(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> Tensor:
+    """One token per row: the inverse of the cumulative distribution at `draws` (n,), or greedy."""
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = softmax_with_temperature(logits, temperature)
@@ -1260,8 +1271,8 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -
         probabilities, order = probabilities.sort(-1, descending=True)
         outside = probabilities.cumsum(-1) - probabilities >= top_p  # never the most likely one
         probabilities = probabilities.masked_fill(outside, 0)
-    mass = probabilities.double().cumsum(-1)
-    tokens = torch.searchsorted(mass, (uniforms * mass[:, -1])[:, None], right=True)
+    mass = probabilities.to(draws.dtype).cumsum(-1)
+    tokens = torch.searchsorted(mass, (draws * mass[:, -1])[:, None], right=True)
     tokens = tokens.clamp_max(logits.shape[-1] - 1)
     return (tokens if order is None else order.gather(1, tokens))[:, 0]
 
@@ -1309,9 +1320,11 @@ def _generate_batch(
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask, ids = mask.to(device), ids.to(device)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    row_seeds = torch.tensor(seeds, device=device)
+    draws = uniforms(seeds, max_new_tokens)
+    draws = draws.to(device, torch.float32 if device.type == "mps" else torch.float64)
     ends = torch.tensor(model.end_ids, device=device)
     head, cache = model.head(), DynamicCache(config=model.model.config)
+    looks = 1 if device.type == "cpu" else 8  # at who has finished; each look waits for the device
     out = torch.full((len(prompts), max_new_tokens), -1, device=device)
     alive = torch.arange(len(prompts), device=device)  # rows of `out` still being written
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -1320,16 +1333,16 @@ def _generate_batch(
             input_ids=ids, attention_mask=mask, position_ids=positions,
             past_key_values=cache, use_cache=True,
         ).last_hidden_state[:, -1]  # fmt: skip
-        tokens = sample(head.logits(states), uniform(row_seeds, step), temperature, top_p)
+        tokens = sample(head.logits(states), draws[alive, step], temperature, top_p)
         out[alive, step] = tokens
         ended |= torch.isin(tokens, ends)
         ids, positions = tokens[:, None], positions[:, -1:] + 1
-        if (step + 1) % END_CHECK[device.type] == 0 and bool(ended.any()):
+        if (step + 1) % looks == 0 and bool(ended.any()):
             stay = (~ended).nonzero()[:, 0]
             if len(stay) == 0:
                 break
             cache.batch_select_indices(stay)
-            alive, row_seeds, ended = alive[stay], row_seeds[stay], ended[stay]
+            alive, ended = alive[stay], ended[stay]
             ids, positions, mask = ids[stay], positions[stay], mask[stay]
         mask = F.pad(mask, (0, 1), value=1)
     responses = []
@@ -1555,6 +1568,8 @@ class TrainingError(UsageError):
 
 def start(args: CommonArguments) -> Accelerator:
     """Processes and device through accelerate; quiet libraries; checks that need no model."""
+    if args.output_dir and Path(args.output_dir).is_file():
+        raise UsageError(f"--output-dir {args.output_dir} is a file: name a directory")
     if args.output_dir and Path(args.output_dir).exists() and any(Path(args.output_dir).iterdir()):
         if not args.overwrite:
             raise UsageError(
@@ -1616,7 +1631,6 @@ class Run:
 
     def __init__(self, script: str, args: CommonArguments, accelerator: Accelerator) -> None:
         self.script, self.args, self.accelerator = script, args, accelerator
-        self.started = time.perf_counter()
         self.pending: list[tuple[int, dict[str, Any], list[str]]] = []
         self.rate = (time.perf_counter(), 0)
         self.directory = Path()
@@ -1640,7 +1654,7 @@ class Run:
         base = Path(named or "runs/" + "-".join([self.script, *parts])[:180])
         for number in range(1, 10_000):
             directory = base if number == 1 else base.with_name(f"{base.name}-{number}")
-            with contextlib.suppress(FileExistsError), make_writable(directory.parent):
+            with make_writable(directory.parent), contextlib.suppress(FileExistsError):
                 directory.mkdir(exist_ok=bool(named))
                 return directory
         raise UsageError(f"{base} and 9999 numbered ones are taken")
@@ -1698,7 +1712,7 @@ class Run:
             "gap_recovered": gap_recovered(before, after, evaluator.teacher_rows),
             "evaluation": {"rows": len(before), "unreferenced_rows": evaluator.unreferenced},
             **more,
-            "seconds": time.perf_counter() - self.started,
+            "seconds": time.perf_counter() - STARTED,
             "versions": {
                 name: importlib.metadata.version(name)
                 for name in ("torch", "transformers", "datasets", "accelerate")

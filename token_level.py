@@ -87,10 +87,10 @@ def main(args: Arguments) -> None:
     common.check_same_vocabulary(student, teacher)
     prompts = common.encode_for_both(train, student, teacher, args.max_length)
     evaluation = common.encode_for_both(held_out, student, teacher, args.max_length)
-    run = common.Run("token_level", args, accelerator)
 
     examples = common.make_examples(train, prompts, student, teacher, args, accelerator)
     evaluator = common.Evaluator(evaluation, teacher, args, accelerator)
+    run = common.Run("token_level", args, accelerator)
     before = evaluator(student)
     run.write_scores(0, common.scores(before))
 

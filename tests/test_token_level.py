@@ -1,0 +1,137 @@
+"""token_level.py as a user runs it, on the embedded pair: what it learns and what it leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_script
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """One directory for all runs, so that they share the teacher's text as a sweep does."""
+    return tmp_path_factory.mktemp("token_level")
+
+
+def train(workplace: Path, *flags: str) -> str:
+    small = ("--max-rows", "2560", "--epochs", "2", "--eval-size", "300", "--eval-steps", "40")
+    done = run_script("token_level.py", *small, *flags, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def forward(workplace) -> tuple[Path, str]:
+    printed = train(workplace)
+    return (
+        workplace / "runs" / "token_level-max-rows-2560-eval-size-300-epochs-2.0-eval-steps-40",
+        printed,
+    )
+
+
+def read(run: Path) -> tuple[dict, list[dict]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return json.loads((run / "results.json").read_text()), [json.loads(line) for line in lines]
+
+
+def test_student_learns_on_held_out_words(forward):
+    """80 steps of forward KL: closer to the teacher in every way that is measured."""
+    results, _ = read(forward[0])
+    before, after = results["before"], results["after"]
+    assert after["kl_to_teacher"] < 0.7 * before["kl_to_teacher"]
+    assert after["top1_agreement"] > before["top1_agreement"] + 0.02
+    assert after["nats_per_token"] < before["nats_per_token"]
+    assert after["bits_per_byte"] < before["bits_per_byte"]
+    assert after["error_rate"] < before["error_rate"]
+    assert after["cut_off"] == 0
+    gap = results["gap_recovered"]["kl_to_teacher"]
+    assert gap == pytest.approx(1 - after["kl_to_teacher"] / before["kl_to_teacher"])
+    assert results["teacher"]["exact_match"] > after["exact_match"] > before["exact_match"]
+
+
+def test_metrics_and_table(forward):
+    """Every step once, with the documented keys; evaluations where they were asked for."""
+    run, printed = forward
+    results, lines = read(run)
+    steps = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 81))
+    assert all(line["train/kl"] == line["train/loss"] for line in steps)  # T = 1, no CE
+    assert {"optim/lr", "optim/grad_norm", "speed/tokens_per_second"} <= steps[0].keys()
+    assert steps[29]["optim/lr"] == pytest.approx(2e-3) and steps[-1]["optim/lr"] < 1e-5
+    scored = {line["step"]: line for line in lines if "eval/kl_to_teacher" in line}
+    assert list(scored) == [0, 40, 80]
+    assert scored[80]["eval/kl_to_teacher"] == results["after"]["kl_to_teacher"]
+    assert f"{results['after']['kl_to_teacher']:.4f}" in printed
+    assert "teacher" in printed and "gap recovered" in printed
+
+
+def test_run_directory(forward):
+    """What DESIGN promises a user finds; the student loads with nothing but transformers."""
+    run, _ = forward
+    found = {p.name for p in run.iterdir()}
+    assert {"args.json", "metrics.jsonl", "final", "results.json", "curves.png"} <= found
+    args = json.loads((run / "args.json").read_text())
+    assert args["script"] == "token_level" and args["kl"] == "forward" and args["max_rows"] == 2560
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    card = (run / "final" / "README.md").read_text()
+    assert "token_level.py" in card and "--max-rows 2560" in card and "kl_to_teacher" in card
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    model = AutoModelForCausalLM.from_pretrained(run / "final")
+    assert model.dtype == torch.float32
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "banana"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    out = model.generate(ids, max_new_tokens=32, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert out[-1] == tokenizer.eos_token_id and len(out) < 16
+    trained = AutoModelForCausalLM.from_pretrained(common.DATA / "student", dtype=torch.float32)
+    moved = [
+        not torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True)
+    ]
+    assert all(moved)
+
+
+@pytest.mark.parametrize("kl", ["reverse", "jsd"])
+def test_other_divergences_learn_too(kl, workplace, forward):
+    """And they find the teacher's text of the first run instead of writing it again."""
+    cache = sorted((workplace / "runs" / "cache" / "text").glob("*.jsonl"))
+    sizes = [p.stat().st_size for p in cache]
+    train(workplace, "--kl", kl, "--output-dir", f"runs/{kl}")
+    assert [p.stat().st_size for p in cache] == sizes
+    results, lines = read(workplace / "runs" / kl)
+    assert results["after"]["kl_to_teacher"] < 0.97 * results["before"]["kl_to_teacher"]
+    assert results["after"]["error_rate"] < results["before"]["error_rate"]
+    assert lines[-1]["step"] == 80
+
+
+def test_sweep_and_comparison(workplace, forward):
+    """The loop of the README: two temperatures side by side, one table and one picture."""
+    for temperature in ("2", "2"):  # the same flags twice: the second directory is numbered
+        train(workplace, "--max-steps", "6", "--temperature", temperature, "--eval-steps", "0")
+    runs = [p for p in (workplace / "runs").iterdir() if "temperature-2.0" in p.name]
+    assert len(runs) == 2 and sorted(p.name for p in runs)[1].endswith("-2")
+    _, lines = read(runs[0])
+    step = lines[1]
+    assert step["train/loss"] == pytest.approx(4 * step["train/kl"])
+    done = run_script("common.py", *sorted((workplace / "runs").iterdir()), cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert all(p.name in done.stdout for p in runs)
+    assert (workplace / "runs" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    twice = [(p / "metrics.jsonl").read_text() for p in runs]
+    losses = [[json.loads(x).get("train/loss") for x in text.splitlines()] for text in twice]
+    assert losses[0] == losses[1]  # equal flags, equal numbers
+
+
+def test_dataset_completions_with_cross_entropy(workplace):
+    """The data set's own responses, KL and CE together: the loss is the documented sum."""
+    flags = ("--completions", "dataset", "--ce-weight", "0.5", "--temperature", "2")
+    train(workplace, *flags, "--max-steps", "3", "--output-dir", "runs/gold", "--eval-steps", "0")
+    _, lines = read(workplace / "runs" / "gold")
+    step = lines[1]
+    ce = (step["train/loss"] - 4 * step["train/kl"]) / 0.5
+    assert 0.5 < ce < 6  # nats per token of a student that has seen this kind of text
