@@ -1,0 +1,117 @@
+"""Loading, precision and memory switches: what changes a result, and what must not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import common
+from common import Objective
+from token_level import Arguments, TokenLevelLoss
+
+CPU = torch.device("cpu")
+
+
+def embedded(**changes) -> tuple[Arguments, common.LanguageModel, common.LanguageModel]:
+    args = Arguments(**changes)
+    return args, *common.load_pair(args, CPU)
+
+
+def loss_and_gradient(student, teacher) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one fixed batch of real prompts and answers."""
+    rows = common.load_conversations(str(common.DATA / "train.jsonl"), max_rows=8)
+    prompts = common.encode_for_both(rows, student, teacher, 512)
+    examples, _ = common.dataset_examples(prompts, student, teacher, 512)
+    module = TokenLevelLoss(student, teacher.head(), Objective()).train()
+    batch = common.collate([e.student for e in examples], CPU)
+    theirs = common.teacher_states(teacher, common.collate([e.teacher for e in examples], CPU))
+    loss, _ = module(batch, theirs)
+    gradients = torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad])
+    return loss.detach(), torch.cat([g.flatten() for g in gradients])
+
+
+def test_gradient_checkpointing_changes_memory_only():
+    """Same gradient; and generation still uses its cache and gives the same text afterwards."""
+    _, student, teacher = embedded()
+    _, checkpointed, _ = embedded(gradient_checkpointing=True)
+    plain, saved = loss_and_gradient(student, teacher), loss_and_gradient(checkpointed, teacher)
+    torch.testing.assert_close(saved[1], plain[1], rtol=1e-5, atol=1e-6)
+    prompt = common.encode_prompts(
+        student, [common.Conversation([dict(role="user", content="pa")], None, [], "")]
+    )
+    checkpointed.model.train()
+    settings = {"max_new_tokens": 12, "temperature": 0.0}
+    written = [list(common.generate(m, prompt, [0], **settings)) for m in (student, checkpointed)]
+    assert written[0] == written[1]
+    assert checkpointed.model.training
+
+
+def test_bfloat16_compute_keeps_float32_weights():
+    """Autocast: weights and gradients stay float32, the gradient is within rounding."""
+    _, student, teacher = embedded()
+    _, half, _ = embedded(dtype="bfloat16")
+    assert {p.dtype for p in half.model.parameters()} == {torch.float32}
+    (loss, gradient), (rounded, approximate) = (
+        loss_and_gradient(student, teacher),
+        loss_and_gradient(half, teacher),
+    )
+    assert approximate.dtype == torch.float32
+    assert rounded.item() == pytest.approx(loss.item(), rel=0.02)
+    assert (approximate - gradient).norm() < 0.1 * gradient.norm()
+    assert (approximate - gradient).norm() > 1e-6 * gradient.norm()  # it did compute differently
+
+
+def test_bfloat16_teacher_is_close():
+    _, student, teacher = embedded()
+    _, _, half = embedded(teacher_dtype="bfloat16")
+    assert half.model.dtype == torch.bfloat16
+    exact, rounded = loss_and_gradient(student, teacher)[0], loss_and_gradient(student, half)[0]
+    assert rounded.item() == pytest.approx(exact.item(), rel=0.02)
+
+
+def test_embedded_models_are_what_the_suite_expects(tokenizer):
+    """One end token, its template's own; equal vocabularies; and nothing trains the teacher."""
+    _, student, teacher = embedded()
+    common.check_same_vocabulary(student, teacher)
+    assert student.end_ids == teacher.end_ids == [tokenizer.convert_tokens_to_ids("<|end|>")]
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+    assert student.digest != teacher.digest
+
+
+def test_template_end_token_is_an_end_even_if_undeclared(tokenizer, tmp_path):
+    """A base model that declares <|pad|> as its end, in a format whose turns end with <|end|>."""
+    shutil.copytree(common.DATA / "student", tmp_path / "base")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "base")
+    loaded.eos_token = "<|pad|>"
+    _, student, _ = embedded()
+    student.model.config.eos_token_id = student.model.generation_config.eos_token_id = 0
+    ends = common.end_of_turn_ids(student.model, loaded)
+    assert ends == sorted([0, tokenizer.convert_tokens_to_ids("<|end|>")])
+
+
+def test_base_student_takes_the_teachers_template(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(common.DATA / "student", base)
+    (base / "chat_template.jinja").unlink()
+    _, student, teacher = embedded(student=str(base))
+    assert student.tokenizer.chat_template == teacher.tokenizer.chat_template
+    assert student.end_ids == teacher.end_ids
+
+
+def test_digest_follows_the_weights_not_the_path(tmp_path):
+    """The cache must survive a move and must not survive other weights."""
+    moved, changed = tmp_path / "moved", tmp_path / "changed"
+    shutil.copytree(common.DATA / "student", moved)
+    shutil.copytree(common.DATA / "student", changed)
+    weights = changed / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    digests = {}
+    for path in (common.DATA / "student", moved, changed):
+        digests[Path(path).name] = embedded(student=str(path))[1].digest
+    assert digests["student"] == digests["moved"] != digests["changed"]
