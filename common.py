@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -305,13 +307,13 @@ def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 def load_tokenizer(name: str, revision: str, template_file: str | None) -> PreTrainedTokenizerBase:
     """A fast tokenizer with a chat template, its own or the one in `template_file`."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as problem:
         raise UsageError(f"no usable tokenizer in {name}: {first_line(problem)}") from None
     if not tokenizer.is_fast:
         raise UsageError(f"{name} has no fast tokenizer; character offsets are needed for masks")
     if not tokenizer.chat_template and template_file:
-        tokenizer.chat_template = Path(template_file).read_text(encoding="utf-8")
+        tokenizer.chat_template = _text_of(template_file)
     return tokenizer
 
 
@@ -335,14 +337,17 @@ def load_model(
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below by name
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, SafetensorError, ImportError, RuntimeError) as problem:
         raise UsageError(f"cannot load the model {name}: {first_line(problem)}") from None
-    if report["missing_keys"] or report["mismatched_keys"]:
-        missing = sorted(report["missing_keys"]) or sorted(report["mismatched_keys"])
+    random = sorted(report["missing_keys"]) + [key for key, *_ in report["mismatched_keys"]]
+    if random:
         raise UsageError(
-            f"{name} lacks weights, which would be random: {len(missing)}, first {missing[0]}"
+            f"{name} lacks {len(random)} tensors of the shape that its config.json asks for, "
+            f"which would be random; the first is {random[0]}"
         )
     model = LanguageModel(
         name, model.to(device).eval(), tokenizer, compute_dtype, digest_of_model(name, model)
@@ -493,9 +498,9 @@ def load_conversations(
 
     Raises `UsageError` that names the first unusable row and what it lacks.
     """
-    rows = _json_rows(source) if Path(source).suffix in {".json", ".jsonl"} else None
-    if rows is None:
-        rows = _dataset_rows(source, config, split)
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
+    reader = readers.get(Path(source).suffix)
+    rows = reader(source) if reader else _dataset_rows(source, config, split)
     conversations = []
     for where, record in rows:
         if max_rows and len(conversations) == max_rows:
@@ -509,38 +514,56 @@ def load_conversations(
     return conversations
 
 
-def _json_rows(source: str) -> Iterator[tuple[str, Any]]:
+def _text_of(source: str) -> str:
     try:
-        text = Path(source).read_bytes().decode("utf-8-sig")
+        raw = Path(source).read_bytes()
+        return raw.decode("utf-8-sig")
     except OSError as problem:
         raise UsageError(f"cannot read {source}: {problem.strerror}") from None
     except UnicodeDecodeError as problem:
-        line = Path(source).read_bytes()[: problem.start].count(b"\n") + 1
+        line = raw[: problem.start].count(b"\n") + 1
         raise UsageError(f"{source}:{line}: not UTF-8") from None
-    if source.endswith(".json"):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as problem:
-            raise UsageError(f"{source}:{problem.lineno}: not JSON: {problem.msg}") from None
-        if not isinstance(rows, list):
-            raise UsageError(f"{source}: expected a list of rows")
-        yield from ((f"{source}: row {i}", row) for i, row in enumerate(rows, 1))
-        return
-    for number, line in enumerate(text.split("\n"), 1):
+
+
+def _parse_json(text: str, source: str, first_line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as problem:
+        line = first_line + problem.lineno - 1
+        raise UsageError(f"{source}:{line}: not JSON: {problem.msg}") from None
+    except RecursionError:
+        raise UsageError(f"{source}:{first_line}: not JSON: nested too deeply") from None
+
+
+def _jsonl_rows(source: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_text_of(source).split("\n"), 1):
         if line.strip():
-            try:
-                yield f"{source}:{number}", json.loads(line)
-            except json.JSONDecodeError as problem:
-                raise UsageError(f"{source}:{number}: not JSON: {problem.msg}") from None
+            yield f"{source}:{number}", _parse_json(line, source, number)
+
+
+def _json_rows(source: str) -> Iterator[tuple[str, Any]]:
+    rows = _parse_json(_text_of(source), source)
+    if not isinstance(rows, list):
+        raise UsageError(f"{source}: expected a list of rows")
+    yield from ((f"{source}: row {i}", row) for i, row in enumerate(rows, 1))
+
+
+def _csv_rows(source: str) -> Iterator[tuple[str, Any]]:
+    """Every cell is text: a reader that guesses types turns the word `null` into nothing."""
+    reader = csv.DictReader(io.StringIO(_text_of(source), newline=""))
+    for row in reader:
+        cells = {k: v for k, v in row.items() if k is not None and v not in (None, "")}
+        yield f"{source}:{reader.line_num}", cells
 
 
 def _dataset_rows(source: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
     import datasets  # takes seconds to import, and the embedded default does not need it
 
-    kind = Path(source).suffix[1:]
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        if kind in {"csv", "parquet"}:
-            data = datasets.load_dataset(kind, data_files=source, split="train")
+        if Path(source).suffix == ".parquet":
+            data = datasets.load_dataset("parquet", data_files=source, split="train")
         else:
             data = datasets.load_dataset(source, config, split=split)
     except Exception as problem:  # `datasets` lets errors of its many back ends through
@@ -615,6 +638,13 @@ def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversat
     """Training and evaluation conversations, disjoint; held out by seed where only one is given."""
     source = (args.dataset, args.dataset_config, args.dataset_split, args.max_rows)
     train = load_conversations(*source)
+    if args.completions == "dataset":
+        for conversation in train:
+            if conversation.response is None:
+                raise UsageError(
+                    f"{conversation.where}: no assistant turn at the end, which --completions "
+                    "dataset would train on"
+                )
     eval_dataset = args.eval_dataset
     if eval_dataset is None and args.dataset == CommonArguments.dataset:
         eval_dataset = str(DATA / "eval.jsonl")
@@ -629,13 +659,6 @@ def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversat
         chosen = torch.randperm(len(train), generator=generator_for(args.seed, "held out")).tolist()
         held_out = [train[i] for i in sorted(chosen[:size])]
         train = [train[i] for i in sorted(chosen[size:])]
-    if args.completions == "dataset":
-        for conversation in train:
-            if conversation.response is None:
-                raise UsageError(
-                    f"{conversation.where}: no assistant turn at the end, which --completions "
-                    "dataset would train on"
-                )
     return train, held_out
 
 
@@ -1568,8 +1591,10 @@ class TrainingError(UsageError):
 
 def start(args: CommonArguments) -> Accelerator:
     """Processes and device through accelerate; quiet libraries; checks that need no model."""
-    if args.output_dir and Path(args.output_dir).is_file():
-        raise UsageError(f"--output-dir {args.output_dir} is a file: name a directory")
+    for place in (Path(args.output_dir or "runs"), Path(args.cache_dir)):
+        nearest = next(p for p in (place, *place.resolve().parents) if p.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise UsageError(f"cannot write in {place}: {nearest} is no writable directory")
     if args.output_dir and Path(args.output_dir).exists() and any(Path(args.output_dir).iterdir()):
         if not args.overwrite:
             raise UsageError(

@@ -1,0 +1,607 @@
+"""Generation against `transformers`, the sampler against probabilities, teacher text, scores."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import tiny_model
+
+import common
+import token_level
+from common import LanguageModel, Prompt, Response, UsageError
+
+KINDS = ["llama", "qwen2", "gemma2", "gpt2"]
+MASK = 2**64 - 1
+
+
+def prompts_of(count: int, seed: int = 0, longest: int = 12, vocabulary: int = 400) -> list:
+    """Prompts of every length from 1 on, in no order."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = [1 + i % longest for i in torch.randperm(count, generator=draw).tolist()]
+    return [torch.randint(5, vocabulary, (n,), generator=draw).tolist() for n in lengths]
+
+
+def write(model: LanguageModel, prompts: list, seeds: list | None = None, **settings) -> list:
+    """`generate` with its answers in the prompts' order."""
+    settings = {"max_new_tokens": 16, "temperature": 1.0} | settings
+    seeds = list(range(len(prompts))) if seeds is None else seeds
+    found = dict(common.generate(model, prompts, seeds, **settings))
+    assert sorted(found) == list(range(len(prompts)))
+    return [found[i] for i in range(len(prompts))]
+
+
+def ends_somewhere(model: LanguageModel, prompts: list, **settings) -> LanguageModel:
+    """Make ids that the model does write its end ids, so that some rows finish before others."""
+    model.end_ids = []
+    free = write(model, prompts, **settings)
+    assert max(len(set(r.ids)) for r in free) > 4  # not one token again and again
+    model.end_ids = sorted({free[0].ids[2], free[1].ids[5], free[2].ids[0], 1})
+    return model
+
+
+# ------------------------------------------------------------------------------------ generation
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_is_the_models_own(kind: str, tiny):
+    """Batched, left-padded and shrinking: token by token what `model.generate` writes alone."""
+    prompts = prompts_of(10)
+    # Tied, a random Gemma repeats the last token for ever.
+    model = ends_somewhere(tiny(kind, tie_word_embeddings=False), prompts, temperature=0.0)
+    ours = write(model, prompts, temperature=0.0, batch_size=4)
+    assert len({r.finished for r in ours}) == 2 and len({len(r.ids) for r in ours}) > 2
+    for prompt, response in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt])
+        own = model.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16,
+            eos_token_id=model.end_ids, pad_token_id=0,
+        )  # fmt: skip
+        assert response.ids == own[0, len(prompt) :].tolist()
+        assert response.finished == (response.ids[-1] in model.end_ids)
+        assert response.finished or len(response.ids) == 16
+        assert not set(response.ids[:-1]) & set(model.end_ids)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampled_text_does_not_depend_on_the_batch(kind: str, top_p: float, tiny):
+    """A row's text is that of its seed, whatever stands beside it and in which order."""
+    prompts, seeds = prompts_of(9), [common.row_seed("row", i) for i in range(9)]
+    model = ends_somewhere(tiny(kind), prompts, seeds=seeds)
+    settings = {"temperature": 0.9, "top_p": top_p}
+    together = write(model, prompts, seeds, **settings)
+    for size in (1, 4):
+        assert write(model, prompts, seeds, batch_size=size, **settings) == together
+    back = write(model, prompts[::-1], seeds[::-1], batch_size=5, **settings)
+    assert back[::-1] == together
+    assert write(model, [p for p in prompts for _ in "ab"], [s + k for s in seeds for k in (0, 1)],
+                 **settings)[::2] == together  # fmt: skip
+    torch.manual_seed(99)  # and no global generator has a say
+    assert write(model, prompts, seeds, **settings) == together
+    assert write(model, prompts, [s + 1 for s in seeds], **settings) != together
+    assert len({tuple(r.ids) for r in write(model, prompts[:1] * 8)}) > 4
+
+
+def test_every_end_id_ends_a_response(tiny):
+    """Several end ids: each stops its row and stays in it; without them the limit stops it."""
+    model, prompts = tiny("llama"), prompts_of(40)
+    model.end_ids = list(range(5, 60))
+    found = write(model, prompts, max_new_tokens=30)
+    assert len({r.ids[-1] for r in found if r.finished}) > 5
+    for response in found:
+        assert [i in model.end_ids for i in response.ids[:-1]] == [False] * (len(response.ids) - 1)
+        assert response.finished == (response.ids[-1] in model.end_ids)
+        assert response.finished or len(response.ids) == 30
+        text = common.response_text(model, response)
+        shown = response.ids[:-1] if response.finished else response.ids
+        assert text == model.tokenizer.decode(shown)
+    model.end_ids = []
+    assert all(
+        not r.finished and len(r.ids) == 30 for r in write(model, prompts, max_new_tokens=30)
+    )
+
+
+def test_end_ids_are_collected(tokenizer):
+    """Of the tokenizer, of the model, of its generation_config, and what the template prints."""
+    model = tiny_model("llama", len(tokenizer.get_vocab()), eos_token_id=7)
+    model.generation_config.eos_token_id = [8, 9]
+    found = LanguageModel("x", model, tokenizer, torch.float32, "x").end_ids
+    assert found == sorted({7, 8, 9, tokenizer.eos_token_id})
+
+
+def test_generation_config_is_not_obeyed(tiny):
+    """A model's own top_k, temperature, penalties or length would change the text silently."""
+    prompts, model = prompts_of(12), tiny("llama")
+    expected = write(model, prompts, temperature=1.5)
+    model.model.generation_config.update(
+        do_sample=True, top_k=1, temperature=0.1, top_p=0.1, repetition_penalty=3.0,
+        max_new_tokens=2, min_new_tokens=12, suppress_tokens=list(range(300)),
+    )  # fmt: skip
+    assert write(model, prompts, temperature=1.5) == expected
+
+
+def test_training_state_is_kept(tiny):
+    """Generation has no dropout, uses its cache under checkpointing, and leaves train mode on."""
+    model, prompts = tiny("llama", attention_dropout=0.5), prompts_of(6)
+    expected = write(model, prompts)
+    model.model.train()
+    model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert write(model, prompts) == expected
+    assert model.model.training and model.model.model.layers[0].training
+    assert model.model.is_gradient_checkpointing
+    unfinished = common.generate(
+        model, prompts, [0] * 6, max_new_tokens=2, temperature=0.0, batch_size=1
+    )
+    next(unfinished)
+    unfinished.close()
+    assert model.model.training
+    with pytest.raises(IndexError):
+        write(model, [[10**6]])
+    assert model.model.training
+    assert all(p.requires_grad for p in model.model.parameters())
+
+
+def test_answers_stop_where_positions_end(tiny):
+    """GPT-2's positions are a table: an answer ends, unfinished, where the table does."""
+    model = tiny("gpt2")
+    model.end_ids = []
+    prompts = [[5] * 508, [6] * 500, [7]]
+    found = write(model, prompts, max_new_tokens=12, temperature=0.0)
+    assert not any(r.finished for r in found)
+    assert len(found[1].ids) == len(found[2].ids) == 12
+    assert 4 <= len(found[0].ids) <= 5  # the last token needs no position of its own
+    assert found[2] == write(model, prompts[2:], max_new_tokens=12, temperature=0.0)[0]
+
+
+def test_nothing_to_generate(tiny):
+    assert write(tiny("llama"), []) == []
+
+
+# --------------------------------------------------------------------------------------- sampler
+
+
+def splitmix64(seed: int, position: int) -> float:
+    """The published generator in Python's integers: its `position`-th output, 53 bits of it."""
+    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return ((z ^ (z >> 31)) >> 11) / 2**53
+
+
+def test_uniforms_are_splitmix64():
+    """Bit for bit, also for the largest seeds."""
+    seeds = [0, 1, 12345, 2**62 + 5, 2**63 - 1, common.row_seed("a", 1)]
+    found = common.uniforms(seeds, 40)
+    assert found.dtype == torch.float64 and found.shape == (6, 40)
+    assert found.tolist() == [[splitmix64(seed, i) for i in range(40)] for seed in seeds]
+    assert common.uniforms(seeds[2:3], 7).equal(found[2:3, :7])
+
+
+def chi_square(counts: torch.Tensor, expected: torch.Tensor | float) -> float:
+    return ((counts - expected) ** 2 / expected).sum().item()
+
+
+@pytest.mark.parametrize("seeds", ["counted", "hashed", "one"])
+def test_uniforms_are_uniform(seeds: str):
+    """1e5 draws over rows, over positions and over both: mean, 64 bins, pairs, no repetition."""
+    rows, positions = {"counted": (1000, 100), "hashed": (50_000, 2), "one": (1, 100_000)}[seeds]
+    given = [common.row_seed(i) if seeds == "hashed" else i + 17 for i in range(rows)]
+    draws = common.uniforms(given, positions).flatten()
+    assert len(draws) == 100_000 and draws.min() >= 0 and draws.max() < 1
+    assert abs(draws.mean() - 0.5) < 4 / math.sqrt(12e5)
+    bins = torch.bincount((draws * 64).long(), minlength=64)
+    assert chi_square(bins, 1e5 / 64) < 63 + 4 * math.sqrt(2 * 63)
+    pairs = (draws[:-1] * 8).long() * 8 + (draws[1:] * 8).long()
+    assert chi_square(torch.bincount(pairs, minlength=64), 99_999 / 64) < 63 + 4 * math.sqrt(126)
+    assert len(draws.unique()) == 100_000
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_sampled_frequencies_are_the_probabilities(temperature: float):
+    """200 000 draws from 12 tokens: chi-square within four standard deviations of its mean."""
+    logits = torch.linspace(-3, 2, 12)[torch.randperm(12, generator=common.generator_for(0, "p"))]
+    expected = torch.softmax(logits.double() / temperature, -1)
+    n = 200_000
+    draws = common.uniforms([3], n)[0]
+    found = common.sample(logits.expand(n, -1), draws, temperature, 1.0)
+    counts = torch.bincount(found, minlength=12).double()
+    assert chi_square(counts, expected * n) < 11 + 4 * math.sqrt(22)
+    assert (counts / n - expected).abs().max() < 4 * math.sqrt(0.25 / n)
+
+
+def test_sampler_inverts_the_distribution():
+    """Exactly: probabilities 1/2, 1/4, 0, 1/4, and the draws at their borders; 0 is greedy."""
+    logits = torch.tensor([0.5, 0.25, 0.0, 0.25]).log().expand(7, -1)
+    draws = torch.tensor([0.0, 0.49, 0.5, 0.74, 0.75, 0.99, 1 - 2**-53], dtype=torch.float64)
+    assert common.sample(logits, draws, 1.0, 1.0).tolist() == [0, 0, 1, 1, 3, 3, 3]
+    assert common.sample(logits, draws, 0.0, 1.0).tolist() == [0] * 7
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(0.05, 1), (0.39, 1), (0.41, 2), (0.69, 2), (0.71, 3), (0.94, 4), (0.96, 5), (1.0, 5)],
+)
+def test_top_p_keeps_the_smallest_sufficient_set(top_p: float, kept: int):
+    """The fewest most likely tokens whose mass reaches top_p, renormalised, and no other."""
+    probabilities = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
+    nucleus = probabilities.argsort(descending=True)[:kept]
+    assert probabilities[nucleus[:-1]].sum() < top_p <= probabilities[nucleus].sum() + 1e-6
+    n = 50_000
+    logits = probabilities.log().expand(n, -1)
+    found = common.sample(logits, common.uniforms([11], n)[0], 1.0, top_p)
+    counts = torch.bincount(found, minlength=5).double()
+    assert set(counts.nonzero()[:, 0].tolist()) == set(nucleus.tolist())
+    expected = probabilities[nucleus].double() / probabilities[nucleus].sum() * n
+    assert chi_square(counts[nucleus], expected) < 4 + 4 * math.sqrt(8)
+
+
+def test_top_p_is_taken_at_the_sampling_temperature():
+    """The nucleus of softmax(logits / T), not of softmax(logits)."""
+    probabilities = torch.tensor([0.6, 0.3, 0.1])
+    hot = probabilities.log() * 0.01
+    draws = common.uniforms([2], 3000)[0]
+    logits = probabilities.log().expand(3000, -1)
+    assert set(common.sample(logits, draws, 100.0, 0.9).tolist()) == {0, 1, 2}
+    assert set(common.sample(logits, draws, 1.0, 0.9).tolist()) == {0, 1}
+    assert set(common.sample(hot.expand(3000, -1), draws, 0.01, 0.9).tolist()) == {0, 1}
+
+
+# ---------------------------------------------------------------------------------- teacher text
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return common.start(token_level.Arguments())
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[int]:
+    """How many prompts each call of `generate` was given; the calls themselves are real."""
+    calls: list[int] = []
+    real = common.generate
+
+    def generate(model, prompts, *rest, **settings):
+        calls.append(len(prompts))
+        return real(model, prompts, *rest, **settings)
+
+    monkeypatch.setattr(common, "generate", generate)
+    return calls
+
+
+def arguments(tmp_path: Path, **changes: object) -> token_level.Arguments:
+    defaults = {"cache_dir": str(tmp_path / "cache"), "max_new_tokens": 6, "max_length": 64}
+    return token_level.Arguments(**{**defaults, **changes})
+
+
+def answers(teacher, prompts, args, accelerator, temperature=1.0, **settings) -> list[Response]:
+    return common.teacher_responses(
+        teacher, prompts, args, accelerator, temperature=temperature, purpose="test", **settings
+    )
+
+
+def files(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache").rglob("*.jsonl"))
+
+
+def test_teacher_text_is_written_once(tmp_path, tiny, accelerator, counted):
+    """The second call reads; its lines hold what the contract says; text is the generator's."""
+    teacher, prompts = tiny("llama"), prompts_of(8)
+    teacher.end_ids = [*range(5, 100)]
+    args = arguments(tmp_path)
+    first = answers(teacher, prompts, args, accelerator)
+    assert sum(counted) == 8
+    assert {r.finished for r in first} == {True, False}
+    assert answers(teacher, prompts, args, accelerator) == first
+    assert answers(teacher, prompts[::-1], args, accelerator) == first[::-1]
+    assert sum(counted) == 8
+    (file,) = files(tmp_path)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    expected = [
+        {
+            "prompt": teacher.tokenizer.decode(prompt),
+            "response": common.response_text(teacher, response),
+            "response_ids": response.ids,
+            "finish_reason": "stop" if response.finished else "length",
+        }
+        for prompt, response in sorted(zip(prompts, first, strict=True), key=lambda p: len(p[0]))
+    ]
+    assert [{k: v for k, v in line.items() if k != "key"} for line in lines] == expected
+    assert len({line["key"] for line in lines}) == 8
+    small = arguments(tmp_path, cache_dir=str(tmp_path / "other"), generation_batch_size=3)
+    assert answers(teacher, prompts, small, accelerator) == first
+
+
+def test_teacher_text_resumes_after_a_cut(tmp_path, tiny, accelerator, counted):
+    """A file that ends inside a line: that answer and the missing ones are written, no other."""
+    teacher, prompts = tiny("llama"), prompts_of(10)
+    args = arguments(tmp_path, generation_batch_size=4)
+    first = answers(teacher, prompts, args, accelerator)
+    (file,) = files(tmp_path)
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for kept in (7, 0):
+        file.write_bytes(b"".join(lines[:kept]) + lines[kept][: len(lines[kept]) // 2])
+        counted.clear()
+        assert answers(teacher, prompts, args, accelerator) == first
+        assert sum(counted) == 10 - kept
+        assert file.read_bytes().startswith(b"".join(lines[:kept]))
+        assert sorted(file.read_bytes().splitlines(keepends=True)) == sorted(lines)
+    file.write_bytes(whole[:-1])  # everything but the last line break
+    counted.clear()
+    assert answers(teacher, prompts, args, accelerator) == first and sum(counted) <= 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"{}", b"nonsense", b"[1]", b'"x"', b"\xff\xfe", b"", b'{"key": "a", "response_ids": [1]}',
+     b'{"key": "a", "response_ids": ["x"], "finish_reason": "stop"}',
+     b'{"key": "a", "response_ids": [1], "finish_reason": "maybe"}',
+     b'{"key": "a", "response_ids": 5, "finish_reason": "stop"}'],
+    ids=repr,
+)  # fmt: skip
+def test_corrupt_line_of_teacher_text(damage: bytes, tmp_path, tiny, accelerator):
+    """A whole line that is wrong is no cut: file, line and the way out are named."""
+    teacher, prompts, args = tiny("llama"), prompts_of(4), arguments(tmp_path)
+    answers(teacher, prompts, args, accelerator)
+    (file,) = files(tmp_path)
+    lines = file.read_bytes().splitlines()
+    before = b"\n".join([lines[0], damage, *lines[2:]]) + b"\n"
+    file.write_bytes(before)
+    with pytest.raises(UsageError, match=r"corrupt.*delete") as problem:
+        answers(teacher, prompts, args, accelerator)
+    assert str(problem.value).startswith(f"{file}:2: ")
+    assert file.read_bytes() == before
+
+
+def test_overlapping_prompts_share_teacher_text(tmp_path, tiny, accelerator, counted):
+    """Found by the prompt's ids; one that occurs twice is sampled twice, but greedily once."""
+    teacher, prompts, args = tiny("llama"), prompts_of(9), arguments(tmp_path)
+    first = answers(teacher, prompts[:6], args, accelerator)
+    second = answers(teacher, prompts[3:], args, accelerator)
+    assert counted == [6, 3] and second[:3] == first[3:] and len(files(tmp_path)) == 1
+    twice = answers(teacher, [prompts[0], prompts[0]], args, accelerator)
+    assert twice[0] == first[0] and twice[1] != first[0] and counted[-1] == 1
+    greedy = answers(teacher, [prompts[0], prompts[0]], args, accelerator, temperature=0.0)
+    assert greedy[0] == greedy[1] and counted[-1] == 1
+
+
+def test_what_teacher_text_depends_on(tmp_path, tiny, accelerator, counted):
+    """Weights, temperature, top_p, length, seed, end ids: another file. The seed not if greedy."""
+    teacher, prompts, args = tiny("llama"), prompts_of(5), arguments(tmp_path)
+    ask = functools.partial(answers, prompts=prompts, accelerator=accelerator)
+    changed = [
+        {"teacher": tiny("llama", seed=1), "args": args},
+        {"teacher": teacher, "args": args, "temperature": 2.0},
+        {"teacher": teacher, "args": args, "top_p": 0.5},
+        {"teacher": teacher, "args": arguments(tmp_path, max_new_tokens=5)},
+        {"teacher": teacher, "args": arguments(tmp_path, seed=1)},
+        {"teacher": teacher, "args": args, "temperature": 0.0},
+    ]
+    first = ask(teacher=teacher, args=args)
+    for number, change in enumerate(changed, 2):
+        assert ask(**change) != first
+        assert len(files(tmp_path)) == number and sum(counted) == 5 * number
+    ask(teacher=teacher, args=arguments(tmp_path, seed=1), temperature=0.0)
+    ask(teacher=teacher, args=args, temperature=0.0, top_p=0.5)
+    assert len(files(tmp_path)) == 7 and sum(counted) == 35
+    teacher.end_ids = [first[0].ids[0]]
+    assert ask(teacher=teacher, args=args)[0] == Response(first[0].ids[:1], True)
+    assert len(files(tmp_path)) == 8
+
+
+def test_digest_names_weights_and_configuration(tmp_path, tiny):
+    """One bit of one weight, or an entry of the configuration, is another teacher."""
+    model = tiny("llama")
+    model.model.save_pretrained(tmp_path)
+    digests = {common.digest_of_model(str(tmp_path), model.model)}
+    assert digests == {common.digest_of_model(str(tmp_path), model.model)}
+    model.model.config.rope_parameters["rope_theta"] = 1e6
+    digests.add(common.digest_of_model(str(tmp_path), model.model))
+    model.model.lm_head.weight.data[3, 4] += 2**-20
+    model.model.save_pretrained(tmp_path)
+    digests.add(common.digest_of_model(str(tmp_path), model.model))
+    assert len(digests) == 3
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
+def brute_distance(a: tuple, b: tuple) -> int:
+    """Levenshtein from its definition."""
+    if not a or not b:
+        return len(a) + len(b)
+    return min(
+        brute_distance(a[1:], b) + 1,
+        brute_distance(a, b[1:]) + 1,
+        brute_distance(a[1:], b[1:]) + (a[0] != b[0]),
+    )
+
+
+def test_edit_distance():
+    """Against the recursion on 300 random pairs of up to five words."""
+    draw = common.generator_for(0, "words")
+    for _ in range(300):
+        pair = [
+            tuple("abc"[i] for i in torch.randint(3, (n,), generator=draw).tolist())
+            for n in torch.randint(6, (2,), generator=draw).tolist()
+        ]
+        assert common.edit_distance(*pair) == brute_distance(*pair)
+    assert common.edit_distance(["K", "AE1", "T"], ["K", "AH0", "T", "S"]) == 2
+
+
+def evaluated(
+    teacher: LanguageModel,
+    args: token_level.Arguments,
+    accelerator: Accelerator,
+    references: list[list[str]],
+    prompts: list[list[int]] | None = None,
+) -> tuple[common.Evaluator, list[Prompt]]:
+    prompts = prompts or prompts_of(len(references), seed=5)
+    rows = [
+        Prompt(common.Conversation([], None, answers_, f"row {i}"), ids, ids)
+        for i, (ids, answers_) in enumerate(zip(prompts, references, strict=True))
+    ]
+    return common.Evaluator(rows, teacher, args, accelerator), rows
+
+
+def test_exact_match_and_error_rate(tmp_path, tiny, accelerator):
+    """Greedy answers against any reference, words counted against the nearest one."""
+    student, args = tiny("llama", seed=1), arguments(tmp_path)
+    prompts = prompts_of(6, seed=5)
+    student.end_ids = [*range(5, 30)]
+    greedy = write(student, prompts, temperature=0.0, max_new_tokens=6)
+    texts = [common.response_text(student, r) for r in greedy]
+    words = [text.split() for text in texts]
+    references = [
+        ["no relation at all", texts[0]],
+        ["zz " + texts[1]],
+        ["a b c d e f g h i j k l m n o p", texts[2] + " zz yy"],
+        ["nothing of it " * 5],
+        [f"  {texts[4]}\n"],
+        [],
+    ]
+    teacher = tiny("llama", seed=2)
+    evaluator, _ = evaluated(teacher, args, accelerator, references, prompts)
+    assert evaluator.unreferenced == 1
+    rows = evaluator(student)
+    own = write(teacher, prompts, temperature=0.0, max_new_tokens=6)[5]
+    own_words = common.response_text(teacher, own).split()
+    far = references[3][0].split()
+    own_edits = common.edit_distance(words[5], own_words)
+    edits = [0, 1, 2, common.edit_distance(words[3], far), 0, own_edits]
+    assert [r["edits"] for r in rows] == edits
+    lengths = [len(words[0]), len(words[1]) + 1, len(words[2]) + 2, 15, len(words[4])]
+    assert [r["reference_words"] for r in rows] == [*lengths, len(own_words)]
+    found = common.scores(rows)
+    assert found["exact_match"] == pytest.approx((2 + (own_edits == 0)) / 6)
+    assert found["error_rate"] == pytest.approx(
+        sum(edits) / sum(r["reference_words"] for r in rows)
+    )
+    assert found["response_tokens"] == sum(len(r.ids) for r in greedy) / 6
+    assert found["cut_off"] == sum(not r.finished for r in greedy) / 6
+    assert 0 < found["cut_off"] < 1
+    teachers = common.scores(evaluator.teacher_rows)
+    assert evaluator.teacher_rows[5]["exact"] == 1 and "kl_to_teacher" not in teachers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_likelihoods_against_plain_log_softmax(kind: str, tmp_path, tiny, accelerator):
+    """KL, agreement, nats and bits per byte: each row alone, through the models' own logits."""
+    teacher, student = tiny(kind, seed=2), tiny("llama", seed=1)
+    teacher.end_ids = [*range(5, 100)]
+    args = arguments(tmp_path, max_new_tokens=8)
+    evaluator, rows = evaluated(teacher, args, accelerator, [["x"]] * 12)
+    samples = answers(teacher, [r.teacher for r in rows], args, accelerator)
+    assert {r.finished for r in samples} == {True, False}
+    sums = dict.fromkeys(["kl", "agree", "nats", "text", "tokens", "bytes", "teacher"], 0.0)
+    for prompt, sample in zip(rows, samples, strict=True):
+        ids = torch.tensor([prompt.teacher + sample.ids])
+        place = slice(len(prompt.teacher) - 1, -1)
+        with torch.no_grad():
+            ours, theirs = (
+                m.model(input_ids=ids).logits[0, place].double().log_softmax(-1)
+                for m in (student, teacher)
+            )
+        picked = ours.gather(1, torch.tensor(sample.ids)[:, None])[:, 0]
+        text = slice(0, len(sample.ids) - sample.finished)
+        sums["kl"] += (theirs.exp() * (theirs - ours)).sum().item()
+        sums["agree"] += (theirs.argmax(-1) == ours.argmax(-1)).sum().item()
+        sums["nats"] -= picked.sum().item()
+        sums["text"] -= picked[text].sum().item()
+        sums["teacher"] -= theirs.gather(1, torch.tensor(sample.ids)[:, None]).sum().item()
+        sums["tokens"] += len(sample.ids)
+        sums["bytes"] += len(student.tokenizer.decode(sample.ids[text]).encode())
+    found = common.scores(evaluator(student))
+    count = sums["tokens"]
+    assert found["kl_to_teacher"] == pytest.approx(sums["kl"] / count, rel=1e-4)
+    assert found["top1_agreement"] == pytest.approx(sums["agree"] / count)
+    assert found["nats_per_token"] == pytest.approx(sums["nats"] / count, rel=1e-4)
+    bits = sums["text"] / sums["bytes"] / math.log(2)
+    assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
+    own = common.scores(evaluator.teacher_rows)
+    assert own["nats_per_token"] == pytest.approx(sums["teacher"] / count, rel=1e-4)
+    assert found["kl_to_teacher"] > 0.1
+
+
+def test_answers_cut_to_max_length_count_only_what_was_read(tmp_path, tiny, accelerator):
+    """bits_per_byte divides the nats of the tokens that fit by the bytes of just those."""
+    teacher, student = tiny("llama", seed=2), tiny("llama", seed=1)
+    teacher.end_ids = []
+    plain = [i for i in range(5, 95) if teacher.tokenizer.decode([i]).isascii()]
+    prompts = [plain[i : i + 20] for i in range(6)]
+    args = arguments(tmp_path, max_new_tokens=10, max_length=24)
+    evaluator, _ = evaluated(teacher, args, accelerator, [["x"]] * 6, prompts)
+    samples = answers(teacher, prompts, args, accelerator)
+    nats = size = 0.0
+    for prompt, sample in zip(prompts, samples, strict=True):
+        read = sample.ids[:4]
+        ids = torch.tensor([prompt + read])
+        with torch.no_grad():
+            logprobs = student.model(input_ids=ids).logits[0, 19:-1].double().log_softmax(-1)
+        nats -= logprobs.gather(1, torch.tensor(read)[:, None]).sum().item()
+        size += len(teacher.tokenizer.decode(read).encode())
+    found = common.scores(evaluator(student))
+    assert found["nats_per_token"] == pytest.approx(nats / 24, rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(nats / size / math.log(2), rel=1e-4)
+
+
+def test_teacher_as_its_own_student(tmp_path, tiny, accelerator, counted):
+    """KL 0, agreement 1, and its own greedy answers; train mode survives; text comes from cache."""
+    teacher, args = tiny("qwen2"), arguments(tmp_path)
+    evaluator, _ = evaluated(teacher, args, accelerator, [[]] * 8)
+    teacher.model.train()
+    found = common.scores(evaluator(teacher))
+    assert teacher.model.training
+    assert found["kl_to_teacher"] == pytest.approx(0, abs=1e-6)
+    assert found["top1_agreement"] == 1 and found["exact_match"] == 1 and found["error_rate"] == 0
+    own = common.scores(evaluator.teacher_rows)
+    assert {n: found[n] for n in own} == pytest.approx(own)
+    before = sum(counted)
+    again, _ = evaluated(teacher, args, accelerator, [[]] * 8)
+    assert sum(counted) == before  # greedy answers and samples were kept
+    assert again.teacher_rows == evaluator.teacher_rows
+
+
+def row(exact: float, edits: int, kl: float | None = None, agree: int = 0) -> common.Row:
+    found = {
+        "exact": exact, "edits": edits, "reference_words": 4, "response_tokens": 5, "cut_off": 0.0,
+        "tokens": 5, "nats": 4.0, "text_nats": 3.0, "bytes": 12,
+    }  # fmt: skip
+    return found if kl is None else found | {"kl": kl, "agree": agree}
+
+
+def test_gap_recovered():
+    """(after - before) / (teacher - before); the teacher's own KL is 0, its agreement 1."""
+    before = [row(0, 2, 4.0 + 0.1 * (i % 2), 1) for i in range(10)]
+    after = [row(float(i < 3), 1, 1.0, 4) for i in range(10)]
+    teacher = [row(float(i < 8), 0) for i in range(10)]
+    found = common.gap_recovered(before, after, teacher)
+    assert found["exact_match"] == pytest.approx(0.3 / 0.8)
+    assert found["error_rate"] == pytest.approx(0.5)
+    assert found["kl_to_teacher"] == pytest.approx((0.2 - 0.81) / (0 - 0.81))
+    assert found["top1_agreement"] == pytest.approx((0.8 - 0.2) / (1 - 0.2))
+    without = [
+        {k: v for k, v in r.items() if k not in ("kl", "agree")} for r in before
+    ]  # another tokenizer: no distributions to compare
+    assert set(common.gap_recovered(without, without, teacher)) == {"exact_match", "error_rate"}
+
+
+def test_gap_is_absent_where_the_teacher_is_hardly_better():
+    """Worse, equal or better within two paired standard errors: no gap to recover, no number."""
+    half = [row(float(i % 2), i % 3, 0.0, 5) for i in range(40)]
+    for teacher in (
+        half,
+        [row(0, 4) for _ in range(40)],
+        [row(float(i % 2), i % 3) | ({"exact": 1.0, "edits": 0} if i == 0 else {})
+         for i in range(40)],
+    ):  # fmt: skip
+        assert common.gap_recovered(half, half, teacher) == {}
+    clear = [row(float(i % 2 or i < 20), 0) for i in range(40)]
+    assert set(common.gap_recovered(half, half, clear)) == {"exact_match", "error_rate"}
+    assert common.gap_recovered(half[:1], half[:1], clear[:1]) == {}
