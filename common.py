@@ -55,6 +55,14 @@ DATA = Path(__file__).resolve().parent / "data"
 class UsageError(Exception):
     """Wrong input. `launch` prints the one sentence it carries and exits with code 2."""
 
+    exit_code = 2
+
+
+class TrainingError(UsageError):
+    """Training went wrong rather than its input."""
+
+    exit_code = 1
+
 
 # ------------------------------------------------------------------------------------ arguments
 
@@ -184,7 +192,7 @@ def launch(main: Callable[[Any], None], kind: type[CommonArguments], description
         main(args)
     except UsageError as problem:
         print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(problem.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -259,6 +267,11 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens in a sequence that the model was made for."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def head(self) -> Head:
         """The output layer, cut to the ids that stand for tokens."""
@@ -379,9 +392,10 @@ def load_pair(args: CommonArguments, device: torch.device) -> tuple[LanguageMode
     )  # fmt: skip
     teacher.model.requires_grad_(False)
     for model in (student, teacher):
-        longest = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
-        if longest and args.max_length > longest:
-            raise UsageError(f"--max-length {args.max_length}: {model.name} stops at {longest}")
+        if model.max_positions and args.max_length > model.max_positions:
+            raise UsageError(
+                f"--max-length {args.max_length}: {model.name} stops at {model.max_positions}"
+            )
     if args.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     return student, teacher
@@ -732,9 +746,12 @@ def encode_conversation(model: LanguageModel, messages: Messages) -> Tokens:
     """Every assistant turn a target, its end-of-turn token included."""
     text, spans = assistant_spans(model.tokenizer, messages)
     ids, offsets = tokenize(model.tokenizer, text)
+    # Some tokenizers leave leading spaces out of a token's offsets: it begins where the last ended.
+    ends_before = [0, *(b for _, b in offsets[:-1])]
+    begins = [min(a, last) for (a, _), last in zip(offsets, ends_before, strict=True)]
     targets = []
     for start, stop in spans:
-        inside = [i for i, (a, b) in enumerate(offsets) if start <= a < stop and b > a]
+        inside = [i for i, begin in enumerate(begins) if start <= begin < stop]
         ends = [i for i in inside if ids[i] in model.end_ids]
         if ends:  # templates print white space after the end of a turn, which nobody generates
             inside = [i for i in inside if i <= ends[-1]]
@@ -1347,6 +1364,10 @@ def _generate_batch(
     draws = draws.to(device, torch.float32 if device.type == "mps" else torch.float64)
     ends = torch.tensor(model.end_ids, device=device)
     head, cache = model.head(), DynamicCache(config=model.model.config)
+    longest = model.max_positions or width + max_new_tokens
+    room = torch.tensor([longest - len(p) for p in prompts], device=device).clamp_max(
+        max_new_tokens
+    )
     looks = 1 if device.type == "cpu" else 8  # at who has finished; each look waits for the device
     out = torch.full((len(prompts), max_new_tokens), -1, device=device)
     alive = torch.arange(len(prompts), device=device)  # rows of `out` still being written
@@ -1358,8 +1379,8 @@ def _generate_batch(
         ).last_hidden_state[:, -1]  # fmt: skip
         tokens = sample(head.logits(states), draws[alive, step], temperature, top_p)
         out[alive, step] = tokens
-        ended |= torch.isin(tokens, ends)
-        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        ended |= torch.isin(tokens, ends) | (step + 1 >= room[alive])
+        ids, positions = tokens[:, None], (positions[:, -1:] + 1).clamp_max(longest - 1)
         if (step + 1) % looks == 0 and bool(ended.any()):
             stay = (~ended).nonzero()[:, 0]
             if len(stay) == 0:
@@ -1369,10 +1390,9 @@ def _generate_batch(
             ids, positions, mask = ids[stay], positions[stay], mask[stay]
         mask = F.pad(mask, (0, 1), value=1)
     responses = []
-    for row in out.tolist():
-        stop = next((i for i, token in enumerate(row) if token in model.end_ids), None)
-        cut = row if stop is None else row[: stop + 1]
-        responses.append(Response(cut, stop is not None))
+    for row, length in zip(out.tolist(), room.tolist(), strict=True):
+        stop = next((i for i, token in enumerate(row[:length]) if token in model.end_ids), None)
+        responses.append(Response(row[: length if stop is None else stop + 1], stop is not None))
     return responses
 
 
@@ -1428,8 +1448,14 @@ class Evaluator:
         self.prompts = {i: prompts[i].student for i in share}
         examples = teacher_examples(prompts, samples, args.max_length)
         self.batches = length_batches({i: examples[i] for i in share})
-        self.bytes = [len(response_text(teacher, s).encode()) for s in samples]
-        self.text_tokens = [len(s.ids) - s.finished for s in samples]
+        self.text_tokens = [  # that fit into --max-length, without the end token
+            min(len(s.ids) - s.finished, len(e.student.targets))
+            for s, e in zip(samples, examples, strict=True)
+        ]
+        self.bytes = [
+            len(response_text(teacher, Response(s.ids[:n], False)).encode())
+            for s, n in zip(samples, self.text_tokens, strict=True)
+        ]
         self.teacher_head = teacher.head()
         self.teacher_states = [
             teacher_states(teacher, collate([e.teacher for _, e in batch], teacher.device)).cpu()
@@ -1583,10 +1609,6 @@ def gap_recovered(before: list[Row], after: list[Row], teacher: list[Row]) -> Sc
 
 
 # ------------------------------------------------------------------------------------ run state
-
-
-class TrainingError(UsageError):
-    """Training went wrong rather than its input."""
 
 
 def start(args: CommonArguments) -> Accelerator:

@@ -135,3 +135,12 @@ def test_dataset_completions_with_cross_entropy(workplace):
     step = lines[1]
     ce = (step["train/loss"] - 4 * step["train/kl"]) / 0.5
     assert 0.5 < ce < 6  # nats per token of a student that has seen this kind of text
+
+
+def test_divergence_of_training_is_named(workplace):
+    """A non-finite loss stops the run, says where and on what, and leaves no student."""
+    flags = ("--learning-rate", "1e30", "--max-steps", "12", "--max-rows", "640")
+    done = run_script("token_level.py", *flags, "--output-dir", "runs/boom", cwd=workplace)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "not finite at step" in done.stderr and "train.jsonl:" in done.stderr
+    assert not (workplace / "runs" / "boom" / "final").exists()
