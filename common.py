@@ -1056,7 +1056,8 @@ def teacher_examples(
 def log_softmax_with_temperature(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) over the last axis, in float32 at least."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.log_softmax(logits.to(wide) / temperature, dim=-1)
+    scaled = logits.to(wide) if temperature == 1 else logits.to(wide) / temperature
+    return F.log_softmax(scaled, dim=-1)
 
 
 def softmax_with_temperature(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -1096,7 +1097,7 @@ def divergence(
     kl, a, beta = objective.kl, objective.skew, objective.jsd_beta
     teacher, student = teacher_logprobs.exp(), student_logprobs.exp()
     if kl == "forward" and a == 0:
-        value = (teacher * (teacher_logprobs - student_logprobs)).sum(-1)
+        value = torch.linalg.vecdot(teacher, teacher_logprobs - student_logprobs)
         return value, student.sub_(teacher)
     if kl == "reverse" and a == 0:
         slope = student_logprobs - teacher_logprobs
@@ -1149,7 +1150,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(states), rows):
             piece = slice(start, start + rows)
             logits = student.logits(states[piece])
-            gradient = torch.zeros_like(logits)
+            gradient = None
             if teacher is not None:
                 t = objective.temperature
                 value, slope = divergence(
@@ -1158,14 +1159,15 @@ class _ChunkedLoss(torch.autograd.Function):
                     objective,
                 )
                 sums[0] += value.sum()
-                gradient.add_(slope, alpha=t)  # T² from the loss, 1/T from logits / T
+                gradient = slope.mul_(t)  # T² from the loss, 1/T from logits / T
             if objective.ce_weight:
                 logprobs = log_softmax_with_temperature(logits)
                 target = targets[piece, None]
                 sums[1] -= logprobs.gather(1, target).sum()
                 slope = logprobs.exp_()
                 slope.scatter_add_(1, target, -torch.ones_like(target, dtype=slope.dtype))
-                gradient.add_(slope, alpha=objective.ce_weight)
+                slope.mul_(objective.ce_weight)
+                gradient = slope if gradient is None else gradient.add_(slope)
             gradient = student.transform_backward(gradient, logits)
             if wants_bias:
                 grad_bias += gradient.sum(0)

@@ -33,8 +33,8 @@ WORDS = ["night", "train", "knowledge", "river", "seven", "cloud"]
 GOOD = [{"prompt": word, "response": "N AA1 L AH0 JH"} for word in WORDS]
 # A case that wrongly succeeds must not take long; a case's own flags come later and win.
 SMALL = [
-    "--dataset", "good.jsonl", "--eval-dataset", "eval.jsonl", "--max-steps", "2",
-    "--batch-size", "4", "--max-new-tokens", "4", "--warmup-steps", "1",
+    "--dataset", "good.jsonl", "--max-steps", "2", "--batch-size", "4", "--max-new-tokens", "4",
+    "--warmup-steps", "1",
 ]  # fmt: skip
 
 
@@ -199,11 +199,11 @@ CASES = [
          prepare=write("bad.json", b'{"prompt": "night"}')),
     Case("json malformed", "--dataset bad.json", ["bad.json:3", "not JSON"],
          prepare=write("bad.json", b'[\n{"prompt": "night"},\n{"prompt" "train"}\n]')),
-    Case("csv without columns", "--dataset bad.csv", ["bad.csv", "row 1", "prompt"],
+    Case("csv without columns", "--dataset bad.csv", ["bad.csv", "prompt", "not null"],
          prepare=write("bad.csv", b"question,answer\nnight,N AY1 T\n")),
     Case("no parquet inside", "--dataset bad.parquet", ["bad.parquet"],
          prepare=write("bad.parquet", b"PAR1 and no more")),
-    Case("all prompts too long", "--max-length 3", ["6 prompts", "--max-length 3"]),
+    Case("all prompts too long", "--max-length 3", ["none of the", "--max-length 3"]),
     Case("nothing left to train on", "--dataset bad.jsonl --eval-size 2",
          ["--eval-size 2", "2 rows", "bad.jsonl"], jsonl(A, B)),
     # models
@@ -220,7 +220,7 @@ CASES = [
          prepare=header_only),
     Case("a tensor is missing", "--student broken", ["broken", "layers.1.mlp.up_proj", "lacks"],
          prepare=missing_tensor),
-    Case("a tensor of another shape", "--student broken", ["broken", "shape"],
+    Case("a tensor of another shape", "--student broken", ["broken", "mlp"],
          prepare=change_model(intermediate_size=128)),
     Case("pickled weights", "--student broken", ["broken", "safetensors"],
          prepare=pickled_weights),
@@ -273,7 +273,6 @@ def launch(tmp: Path, flags: str) -> tuple[int, str, str]:
 def set_up(tmp: Path, case: Case) -> dict[Path, bytes | None]:
     """Write the case's files; what then lies in its directory."""
     (tmp / "good.jsonl").write_bytes(jsonl(*GOOD))
-    (tmp / "eval.jsonl").write_bytes(jsonl(*GOOD[:2]))
     if case.data is not None:
         (tmp / "bad.jsonl").write_bytes(case.data)
     if case.prepare:

@@ -134,7 +134,7 @@ def test_training_state_is_kept(tiny):
     model.model.gradient_checkpointing_enable({"use_reentrant": False})
     assert write(model, prompts) == expected
     assert model.model.training and model.model.model.layers[0].training
-    assert model.model.is_gradient_checkpointing
+    assert model.model.model.layers[0].gradient_checkpointing
     unfinished = common.generate(
         model, prompts, [0] * 6, max_new_tokens=2, temperature=0.0, batch_size=1
     )
