@@ -16,11 +16,15 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
+import logging
 import math
 import os
+import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +34,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, broadcast_object_list, gather_object
 from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -122,11 +127,18 @@ class CommonArguments:
     )
     attn_implementation: str | None = flag(None, "sdpa, eager, flash_attention_2, ...")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, slower")
+    lora_rank: int = flag(0, "train LoRA adapters of this rank instead of all weights (0: off)")
 
     output_dir: str | None = flag(None, "default: runs/<script>-<flags>, numbered if taken")
     overwrite: bool = flag(False, "replace an earlier run in --output-dir")
+    resume: bool = flag(
+        False, "go on with the run in --output-dir, else with the newest unfinished one like this"
+    )
+    save_steps: int = flag(200, "steps between checkpoints (0: only at the end)")
+    save_total_limit: int = flag(2, "checkpoints kept (0: all)")
     eval_steps: int = flag(100, "steps between evaluations while training (0: none)")
     logging_steps: int = flag(10, "steps between writes to metrics.jsonl")
+    report_to: str = flag("none", "send metrics to a tracker too: tensorboard, wandb, ...")
     cache_dir: str = flag("runs/cache", "where the teacher's text is kept for the next run")
 
 
@@ -179,8 +191,17 @@ def check_arguments(args: CommonArguments) -> None:
             raise UsageError(f"{shown} must be a finite number, {range_}, not {value}")
     if not 0 < args.top_p <= 1:
         raise UsageError(f"--top-p must lie in (0, 1], not {args.top_p}")
+    if args.resume and args.overwrite:
+        raise UsageError("--resume goes on with a run and --overwrite removes it: choose one")
     if args.max_steps <= 0 and args.epochs == 0:
         raise UsageError("nothing to train: --epochs is 0 and --max-steps is not given")
+    if args.lora_rank and not importlib.util.find_spec("peft"):
+        raise UsageError('--lora-rank needs peft: pip install -e ".[lora]"')
+    if args.report_to not in {"none", *LoggerType.list()} - {"all"}:
+        raise UsageError(f"--report-to {args.report_to}: accelerate knows no such tracker")
+    if args.report_to not in {"none", *map(str, get_available_trackers())}:
+        extra = '-e ".[trackers]"' if args.report_to == "tensorboard" else args.report_to
+        raise UsageError(f"--report-to {args.report_to} is not installed: pip install {extra}")
     if args.chat_template and not Path(args.chat_template).is_file():
         raise UsageError(f"--chat-template: no file {args.chat_template}")
 
@@ -205,6 +226,13 @@ def changed_flags(args: CommonArguments) -> dict[str, Any]:
         for f in dataclasses.fields(args)
         if getattr(args, f.name) != f.default
     }
+
+
+def spelled(args: CommonArguments, skipped: set[str]) -> list[str]:
+    """The changed flags as words of a command line."""
+    changed = {name: value for name, value in changed_flags(args).items() if name not in skipped}
+    words = (["--" + name.replace("_", "-"), str(value)] for name, value in changed.items())
+    return [word for pair in words for word in pair]
 
 
 # --------------------------------------------------------------------------------------- models
@@ -259,6 +287,7 @@ class LanguageModel:
     compute_dtype: torch.dtype
     digest: str  # of weights and configuration
     vocabulary: int = 0  # ids that stand for tokens; rows of the head beyond them are padding
+    adapters: Any = None  # peft's view of `model`, where LoRA is trained
 
     def __post_init__(self) -> None:
         self.vocabulary = max(self.tokenizer.get_vocab().values()) + 1
@@ -396,9 +425,23 @@ def load_pair(args: CommonArguments, device: torch.device) -> tuple[LanguageMode
             raise UsageError(
                 f"--max-length {args.max_length}: {model.name} stops at {model.max_positions}"
             )
+    if args.lora_rank:
+        add_adapters(student, args.lora_rank)
     if args.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     return student, teacher
+
+
+def add_adapters(student: LanguageModel, rank: int) -> None:
+    """LoRA (Hu et al. 2021) on every linear layer but the head, which stays frozen like the rest.
+
+    The layers are replaced in place, so that backbone and head are found where they were.
+    """
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    student.adapters = LoraModel(student.model, config, "default")
 
 
 def check_same_vocabulary(student: LanguageModel, teacher: LanguageModel) -> None:
@@ -993,10 +1036,10 @@ def make_writable(directory: Path) -> Iterator[None]:
         raise UsageError(f"cannot write in {directory}: {problem.strerror or problem}") from None
 
 
-def progress(accelerator: Accelerator, what: str, total: int) -> tqdm:
+def progress(accelerator: Accelerator, what: str, total: int, done: int = 0) -> tqdm:
     """A bar on the main process's terminal, and nowhere else."""
     hidden = None if accelerator.is_main_process else True  # None: hidden where no terminal is
-    return tqdm(total=total, desc=what, disable=hidden, dynamic_ncols=True)
+    return tqdm(total=total, initial=done, desc=what, disable=hidden, dynamic_ncols=True)
 
 
 def make_examples(
@@ -1613,13 +1656,25 @@ def gap_recovered(before: list[Row], after: list[Row], teacher: list[Row]) -> Sc
 # ------------------------------------------------------------------------------------ run state
 
 
-def start(args: CommonArguments) -> Accelerator:
+# What a resumed run may change: where and how often it writes, nothing that the student learns
+# from.
+MAY_CHANGE = {
+    "output_dir", "overwrite", "resume", "cache_dir", "save_steps", "save_total_limit",
+    "eval_steps", "logging_steps", "generation_batch_size", "report_to",
+}  # fmt: skip
+
+
+def start(script: str, args: CommonArguments) -> Accelerator:
     """Processes and device through accelerate; quiet libraries; checks that need no model."""
     for place in (Path(args.output_dir or "runs"), Path(args.cache_dir)):
         nearest = next(p for p in (place, *place.resolve().parents) if p.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UsageError(f"cannot write in {place}: {nearest} is no writable directory")
-    if args.output_dir and Path(args.output_dir).exists() and any(Path(args.output_dir).iterdir()):
+    if args.resume:
+        args.output_dir = str(find_run(script, args))
+    elif (
+        args.output_dir and Path(args.output_dir).exists() and any(Path(args.output_dir).iterdir())
+    ):
         if not args.overwrite:
             raise UsageError(
                 f"--output-dir {args.output_dir} is not empty: name another, or add --overwrite"
@@ -1630,8 +1685,60 @@ def start(args: CommonArguments) -> Accelerator:
             )
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    torch.manual_seed(args.seed)  # dropout; data order and sampling do not depend on it
+    # It would warn of tied weights at every checkpoint, which loading ties again.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    torch.manual_seed(args.seed)  # how adapters begin
     return Accelerator(mixed_precision="no")  # autocast is entered in LanguageModel.backbone
+
+
+def find_run(script: str, args: CommonArguments) -> Path:
+    """The directory that --resume goes on in; without --output-dir the newest that fits.
+
+    Raises `UsageError` where there is none, where the run is finished, and where it was begun
+    with other arguments than those in `MAY_CHANGE`. A named directory that is not there yet, or
+    empty, is a run cut before it wrote anything, and starts from step 0.
+    """
+    if args.output_dir:
+        directory = Path(args.output_dir)
+        left = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
+        if left <= {"args.json.part"}:
+            return directory
+        if difference := difference_to(directory, script, args):
+            raise UsageError(f"--resume cannot go on in {directory}: {difference}")
+        if "results.json" in left:
+            raise UsageError(f"--resume: the run in {directory} is finished")
+        return directory
+    found = sorted(Path("runs").glob(f"{script}*/args.json"), key=lambda p: p.stat().st_mtime)
+    alike = [p.parent for p in found if not difference_to(p.parent, script, args)]
+    for directory in reversed(alike):
+        if not (directory / "results.json").exists():
+            return directory
+    if alike:
+        raise UsageError(f"--resume: the run in {alike[-1]} with these arguments is finished")
+    raise UsageError(
+        "--resume: no run in runs/ was begun with these arguments; name its --output-dir, or "
+        "start one without --resume"
+    )
+
+
+def difference_to(directory: Path, script: str, args: CommonArguments) -> str | None:
+    """Why these arguments cannot go on with a run: the first that differs, with both values."""
+    try:
+        was = json.loads((directory / "args.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "it has no readable args.json, so it is no run of this suite"
+    if was.get("script") != script:
+        return f"it is a run of {was.get('script')}.py"
+    for field in dataclasses.fields(args):
+        before, now = was.get(field.name, field.default), getattr(args, field.name)
+        if field.name not in MAY_CHANGE and before != now:
+            return f"it was begun with --{field.name.replace('_', '-')} {before}, not {now}"
+    return None
+
+
+def reseed(args: CommonArguments, step: int, accelerator: Accelerator) -> None:
+    """Make dropout a function of (seed, step, process); nothing else uses torch's generator."""
+    torch.manual_seed(row_seed(args.seed, "dropout", step, accelerator.process_index))
 
 
 def total_steps(args: CommonArguments, examples: int) -> int:
@@ -1682,23 +1789,39 @@ class Run:
         self.script, self.args, self.accelerator = script, args, accelerator
         self.pending: list[tuple[int, dict[str, Any], list[str]]] = []
         self.rate = (time.perf_counter(), 0)
+        self.earlier = 0.0  # seconds that a resumed run took before
+        self.lines = 0  # in metrics.jsonl
+        self.steps = 0
+        self.signal = 0  # that asked for the end, as this process knows
+        self.stop = 0  # the same, as all processes have agreed
+        self.handlers: dict[int, Any] = {}  # what the signals did before the loop
         self.directory = Path()
         if accelerator.is_main_process:
             self.directory = self._claim()
-            write_json(self.directory / "args.json", {"script": script} | vars(args))
+            if not (self.directory / "args.json").exists():
+                write_json(self.directory / "args.json", {"script": script} | vars(args))
             accelerator.print(f"run directory: {self.directory}")
-        accelerator.wait_for_everyone()
+        self.directory = broadcast_object_list([self.directory])[0]
+        found = self.checkpoints()
+        self.checkpoint = found[-1] if found else None
+        self.state = self._read_state()
+        if args.report_to != "none":
+            accelerator.log_with = [LoggerType(args.report_to)]
+            accelerator.project_configuration.set_directories(str(self.directory))
+            shown = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()}
+            accelerator.init_trackers(script, shown)
+        if args.resume and accelerator.is_main_process:
+            self._cut_back()
 
     def _claim(self) -> Path:
         """Make the directory, so that no run side by side takes the same."""
         named = self.args.output_dir
         if named and self.args.overwrite and Path(named).exists():
             shutil.rmtree(named)
-        skipped = {"output_dir", "overwrite", "cache_dir", "logging_steps", "generation_batch_size"}
         parts = [
             f"{name.replace('_', '-')}-{Path(str(value)).name}"
             for name, value in changed_flags(self.args).items()
-            if name not in skipped
+            if name not in MAY_CHANGE
         ]
         base = Path(named or "runs/" + "-".join([self.script, *parts])[:180])
         for number in range(1, 10_000):
@@ -1714,7 +1837,14 @@ class Run:
         self.pending.append((step, values, examples))
 
     def flush(self) -> dict[str, float]:
-        """Write what was logged; the last line's numbers. A non-finite one ends the run."""
+        """Write what was logged; the last line's numbers. A non-finite one ends the run.
+
+        Every process comes here at the same steps, so here they agree on whether to stop.
+        """
+        self.stop = self.signal
+        if self.accelerator.num_processes > 1:
+            mine = torch.tensor([self.signal], device=self.accelerator.device)
+            self.stop = int(self.accelerator.gather(mine).max())
         if not self.pending:
             return {}
         seconds, now = time.perf_counter() - self.rate[0], time.perf_counter()
@@ -1738,10 +1868,143 @@ class Run:
         if self.accelerator.is_main_process:
             with open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(line) + "\n" for line in lines)
+            self.lines += len(lines)
+        for line in lines:
+            values = {name: value for name, value in line.items() if name != "step"}
+            self.accelerator.log(values, step=line["step"])
 
     def write_scores(self, step: int, found: Scores) -> None:
         self.write({"step": step} | {f"eval/{name}": value for name, value in found.items()})
         self.rate = (time.perf_counter(), 0)  # evaluation is not training time
+
+    def before(self, evaluator: Evaluator, student: LanguageModel) -> list[Row]:
+        """The evaluation of the untrained student, which a resumed run does not repeat."""
+        kept = self.directory / "checkpoints" / "before.json"
+        if kept.exists():
+            try:
+                rows = json.loads(kept.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                raise UsageError(f"{kept} is corrupt: delete {self.directory}") from None
+        else:
+            rows = evaluator(student)
+            if self.accelerator.is_main_process:
+                write_json(kept, rows)
+        if self.checkpoint is None:
+            self.write_scores(0, scores(rows))
+        return rows
+
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        found = (self.directory / "checkpoints").glob("step-*")
+        return sorted((p for p in found if not p.suffix), key=lambda p: int(p.name[5:]))
+
+    def _read_state(self) -> dict[str, Any]:
+        if self.checkpoint is None:
+            return {"step": 0, "lines": 0, "seconds": 0.0}
+        try:
+            state = json.loads((self.checkpoint / "state.json").read_text(encoding="utf-8"))
+            launched = state["launched"]
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise self._corrupt(problem) from None
+        if launched != (own := self.accelerator.distributed_type.value):
+            raise UsageError(
+                f"{self.checkpoint} was written under accelerate's {launched}, and this is {own}: "
+                "launch the run as before"
+            )
+        return state
+
+    def _corrupt(self, problem: Exception) -> UsageError:
+        return UsageError(
+            f"the checkpoint {self.checkpoint} is corrupt ({first_line(problem)}): delete it, and "
+            "--resume goes on from the one before"
+        )
+
+    def _cut_back(self) -> None:
+        """Remove what was written after the checkpoint, half a line or half a checkpoint too."""
+        for part in (self.directory / "checkpoints").glob("*.part"):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        metrics = self.directory / "metrics.jsonl"
+        if metrics.exists():
+            kept = metrics.read_bytes().splitlines(keepends=True)[: self.state["lines"]]
+            beside = metrics.with_name("metrics.jsonl.part")
+            beside.write_bytes(b"".join(kept))
+            os.replace(beside, metrics)
+        self.lines = self.state["lines"]
+
+    def resume(self, steps: int) -> int:
+        """Load the newest checkpoint, if there is one, into what accelerate has prepared.
+
+        From here to the last `save`, SIGTERM and Ctrl-C end the run with a checkpoint.
+
+        Returns:
+            The step to go on with: 0 in a new run, `steps` where only the scores are missing.
+        """
+        if self.checkpoint is not None:
+            try:
+                # Nothing foreign is unpickled: safetensors, and torch.load(weights_only=True).
+                self.accelerator.load_state(str(self.checkpoint))
+            except Exception as problem:  # every format has its own errors
+                raise self._corrupt(problem) from None
+            self.earlier = self.state["seconds"]
+            self.accelerator.print(f"resumed from {self.checkpoint}")
+        self.steps, first = steps, self.state["step"]
+        if first < steps:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.handlers[number] = signal.signal(number, self._note)
+        self.rate = (time.perf_counter(), 0)
+        return first
+
+    def _note(self, number: int, _: Any) -> None:
+        """Signal handler: `save` ends the run when the step is complete, a second signal now."""
+        self.signal = number
+        self._default_signals()
+
+    def _default_signals(self) -> None:
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint where one is due, and end the run where a signal asked for it."""
+        alone = self.accelerator.num_processes == 1
+        due = self.args.save_steps and step % self.args.save_steps == 0
+        if due or step == self.steps or self.stop or (alone and self.signal):
+            self.flush()
+            self._write_checkpoint(step)
+            self.rate = (time.perf_counter(), 0)
+        if step == self.steps:
+            self._default_signals()
+        if stop := self.stop or (alone and self.signal):
+            words = spelled(self.args, {"output_dir", "overwrite", "resume"})
+            words += ["--output-dir", str(self.directory), "--resume"]
+            command = shlex.join(["python", f"{self.script}.py", *words])
+            self.accelerator.print(f"stopped after step {step}; to go on: {command}")
+            self._close_trackers()
+            sys.exit(128 + stop)
+
+    def _write_checkpoint(self, step: int) -> None:
+        """Weights and optimizer state of all processes, written beside and renamed."""
+        target = self.directory / "checkpoints" / f"step-{step:06}"
+        part = target.with_suffix(".part")
+        state = {
+            "step": step,
+            "lines": self.lines,
+            "seconds": self.earlier + time.perf_counter() - STARTED,
+            "launched": self.accelerator.distributed_type.value,
+        }
+        try:
+            self.accelerator.save_state(str(part), safe_serialization=True)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                write_json(part / "state.json", state)
+                os.replace(part, target)
+                for old in self.checkpoints()[: -self.args.save_total_limit or None]:
+                    if self.args.save_total_limit:
+                        os.replace(old, part)  # a cut must not leave half of one behind
+                        shutil.rmtree(part)
+        except (OSError, RuntimeError, SafetensorError) as problem:
+            shutil.rmtree(part, ignore_errors=True)
+            raise UsageError(f"cannot write {target}: {first_line(problem)}") from None
+        self.accelerator.wait_for_everyone()
 
     def finish(
         self,
@@ -1761,7 +2024,7 @@ class Run:
             "gap_recovered": gap_recovered(before, after, evaluator.teacher_rows),
             "evaluation": {"rows": len(before), "unreferenced_rows": evaluator.unreferenced},
             **more,
-            "seconds": time.perf_counter() - STARTED,
+            "seconds": self.earlier + time.perf_counter() - STARTED,
             "versions": {
                 name: importlib.metadata.version(name)
                 for name in ("torch", "transformers", "datasets", "accelerate")
@@ -1771,6 +2034,7 @@ class Run:
         save_student(student, self.directory / "final", self._model_card(table))
         write_json(self.directory / "results.json", results)
         draw_curves([self.directory], self.directory / "curves.png")
+        self._close_trackers()
         print(table)
         if evaluator.unreferenced:
             print(
@@ -1779,13 +2043,13 @@ class Run:
             )
         print(f"student: {self.directory / 'final'}")
 
+    def _close_trackers(self) -> None:
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
     def _model_card(self, table: str) -> str:
         args = self.args
-        flags = " ".join(
-            f"--{name.replace('_', '-')} {value}"
-            for name, value in changed_flags(args).items()
-            if name not in {"output_dir", "cache_dir", "overwrite"}
-        )
+        flags = shlex.join(spelled(args, {"output_dir", "cache_dir", "overwrite", "resume"}))
         return "\n".join(
             [
                 "---", "library_name: transformers", "pipeline_tag: text-generation",
@@ -1799,8 +2063,10 @@ class Run:
 
 
 def save_student(student: LanguageModel, directory: Path, card: str) -> None:
-    """Model, tokenizer with its chat template, and model card; ends where training ended turns."""
+    """Model (adapters merged), tokenizer with its template, and card; ends as training did."""
     student.model.generation_config.eos_token_id = student.end_ids
+    if student.adapters is not None:
+        student.adapters.merge_and_unload()
     with make_writable(directory):
         student.model.save_pretrained(directory)
         student.tokenizer.save_pretrained(directory)

@@ -80,7 +80,7 @@ class TokenLevelLoss(nn.Module):
 
 def main(args: Arguments) -> None:
     objective = args.objective()
-    accelerator = common.start(args)
+    accelerator = common.start("token_level", args)
     device = accelerator.device
     train, held_out = common.load_data(args)
     student, teacher = common.load_pair(args, device)
@@ -91,15 +91,16 @@ def main(args: Arguments) -> None:
     examples = common.make_examples(train, prompts, student, teacher, args, accelerator)
     evaluator = common.Evaluator(evaluation, teacher, args, accelerator)
     run = common.Run("token_level", args, accelerator)
-    before = evaluator(student)
-    run.write_scores(0, common.scores(before))
+    before = run.before(evaluator, student)
 
     module = TokenLevelLoss(student, teacher.head(), objective)
     module, optimizer = accelerator.prepare(module, common.make_optimizer(module, args))
     steps = common.total_steps(args, len(examples))
-    bar = common.progress(accelerator, "training", steps)
+    first = run.resume(steps)
+    bar = common.progress(accelerator, "training", steps, first)
     student.model.train()
-    for step in range(steps):
+    for step in range(first, steps):
+        common.reseed(args, step, accelerator)
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, steps, args)
         micro_batches, tokens = common.micro_batches(examples, args, step, accelerator)
@@ -135,6 +136,7 @@ def main(args: Arguments) -> None:
         if not last and args.eval_steps and (step + 1) % args.eval_steps == 0:
             run.flush()
             run.write_scores(step + 1, common.scores(evaluator(student)))
+        run.save(step + 1)
     bar.close()
 
     after = evaluator(student, show=3)
