@@ -27,6 +27,8 @@ import shutil
 import signal
 import sys
 import time
+import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,8 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, broadcast_object_list, gather_object
 from filelock import FileLock
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -50,8 +53,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.hub import extract_commit_hash
 
 STARTED = time.perf_counter()
 DATA = Path(__file__).resolve().parent / "data"
@@ -140,6 +145,9 @@ class CommonArguments:
     logging_steps: int = flag(10, "steps between writes to metrics.jsonl")
     report_to: str = flag("none", "send metrics to a tracker too: tensorboard, wandb, ...")
     cache_dir: str = flag("runs/cache", "where the teacher's text is kept for the next run")
+    cache_teacher: bool = flag(
+        False, "keep the teacher's final states there too: a sweep then runs the teacher once"
+    )
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -299,7 +307,7 @@ class LanguageModel:
 
     @property
     def max_positions(self) -> int | None:
-        """Tokens in a sequence that the model was made for."""
+        """Tokens that the model has positions for; None where its configuration sets no end."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def head(self) -> Head:
@@ -328,6 +336,77 @@ class LanguageModel:
         """
         hidden = self.backbone(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         return hidden[batch.rows, batch.columns]
+
+
+class KeptTeacher(LanguageModel):
+    """A teacher whose head lies on disk, and whose backbone is loaded when first asked for.
+
+    The head, the end ids and the number of positions are kept in one file of `directory`, named
+    after the weights, their dtype and what the tokenizer adds to them. Where the file is missing
+    the model is loaded at once and writes it. The head is always read back from the file, so that
+    the run that wrote it multiplies by the same bits, in the same place, as later ones.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype,
+        digest: str,
+        device: torch.device,
+        directory: Path,
+        load: Callable[[], LanguageModel],
+    ) -> None:
+        self.name, self.tokenizer, self.compute_dtype, self.digest = name, tokenizer, dtype, digest
+        self.vocabulary = max(tokenizer.get_vocab().values()) + 1
+        self._load, self._device = load, device
+        depends_on = [digest, str(dtype), self.vocabulary, tokenizer.eos_token_id]
+        key = hashlib.sha256(json.dumps([*depends_on, tokenizer.chat_template]).encode())
+        self.path = directory / f"head-{key.hexdigest()[:16]}.safetensors"
+        if not self.path.exists():
+            self._keep(self.model)
+        self._head, self.end_ids, self._longest = self._read()
+
+    @functools.cached_property
+    def model(self) -> PreTrainedModel:
+        return self._load().model
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def max_positions(self) -> int | None:
+        return self._longest
+
+    def head(self) -> Head:
+        return self._head
+
+    def _keep(self, model: PreTrainedModel) -> None:
+        whole = LanguageModel(self.name, model, self.tokenizer, self.compute_dtype, self.digest)
+        head = whole.head()
+        tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        more = {"scale": head.scale, "softcap": head.softcap}
+        more |= {"end_ids": whole.end_ids, "longest": whole.max_positions}
+        beside = self.path.with_suffix(".part")
+        with make_writable(self.path.parent), FileLock(self.path.with_suffix(".lock")):
+            if not self.path.exists():
+                check_disk(self.path.parent, sum(t.nbytes for t in tensors.values()))
+                save_file(tensors, beside, {"more": json.dumps(more)})
+                os.replace(beside, self.path)
+
+    def _read(self) -> tuple[Head, list[int], int | None]:
+        try:
+            with safe_open(self.path, "pt", device=str(self.device)) as file:
+                more = json.loads(file.metadata()["more"])
+                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            head = Head(parts["weight"], parts.get("bias"), more["scale"], more["softcap"])
+            return head, more["end_ids"], more["longest"]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            raise UsageError(
+                f"{self.path}: corrupt head of the teacher; delete the file to write it again"
+            ) from None
 
 
 def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -368,10 +447,10 @@ def load_model(
     compute_dtype: torch.dtype,
     attention: str | None,
     device: torch.device,
+    cache_dir: str,
 ) -> LanguageModel:
     """Weights in `dtype` on `device`, in eval mode; refuses a directory with parts missing."""
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UsageError(f"{name} holds no model: there is no config.json in it")
+    digest = digest_of_model(name, revision, Path(cache_dir))
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
@@ -391,9 +470,7 @@ def load_model(
             f"{name} lacks {len(random)} tensors of the shape that its config.json asks for, "
             f"which would be random; the first is {random[0]}"
         )
-    model = LanguageModel(
-        name, model.to(device).eval(), tokenizer, compute_dtype, digest_of_model(name, model)
-    )
+    model = LanguageModel(name, model.to(device).eval(), tokenizer, compute_dtype, digest)
     check_head(model)
     return model
 
@@ -410,16 +487,30 @@ def load_pair(args: CommonArguments, device: torch.device) -> tuple[LanguageMode
     if not student_tokenizer.chat_template:
         # A base model: it learns the teacher's format.
         student_tokenizer.chat_template = teacher_tokenizer.chat_template
-    common = {"attention": args.attn_implementation, "device": device}
+    common = {
+        "attention": args.attn_implementation, "device": device, "cache_dir": args.cache_dir,
+    }  # fmt: skip
     student = load_model(
         args.student, student_tokenizer, revision=args.revision,
         dtype=torch.float32, compute_dtype=compute, **common,
     )  # fmt: skip
-    teacher = load_model(
-        args.teacher, teacher_tokenizer, revision=args.teacher_revision,
-        dtype=frozen, compute_dtype=frozen, **common,
-    )  # fmt: skip
-    teacher.model.requires_grad_(False)
+
+    def load_teacher() -> LanguageModel:
+        teacher = load_model(
+            args.teacher, teacher_tokenizer, revision=args.teacher_revision,
+            dtype=frozen, compute_dtype=frozen, **common,
+        )  # fmt: skip
+        teacher.model.requires_grad_(False)
+        return teacher
+
+    if args.cache_teacher:
+        digest = digest_of_model(args.teacher, args.teacher_revision, Path(args.cache_dir))
+        directory = Path(args.cache_dir) / "states"
+        teacher = KeptTeacher(
+            args.teacher, teacher_tokenizer, frozen, digest, device, directory, load_teacher
+        )
+    else:
+        teacher = load_teacher()
     for model in (student, teacher):
         if model.max_positions and args.max_length > model.max_positions:
             raise UsageError(
@@ -479,16 +570,49 @@ def check_head(model: LanguageModel) -> None:
         )
 
 
-def digest_of_model(name: str, model: PreTrainedModel) -> str:
-    """Names the exact weights: the commit for a hub model, else a hash of the files."""
-    hasher = hashlib.sha256()
-    if not Path(name).is_dir():
-        hasher.update(f"{name}@{model.config._commit_hash}".encode())
-    for file in sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []:
-        with open(file, "rb") as stream:
-            hasher.update(hashlib.file_digest(stream, "sha256").digest())
-    hasher.update(json.dumps(model.config.to_diff_dict(), sort_keys=True, default=str).encode())
+def digest_of_model(name: str, revision: str, cache_dir: Path) -> str:
+    """Names the exact weights without loading them: a hub model's commit, else a hash of files.
+
+    Hashing a large model takes longer than loading it, so `cache_dir`/digests.json remembers the
+    hash of every file for as long as its size and its time of change stay.
+    """
+    directory, hasher = Path(name), hashlib.sha256()
+    if not directory.is_dir():
+        try:
+            file = cached_file(name, "config.json", revision=revision)
+        except (OSError, ValueError) as problem:
+            raise UsageError(f"cannot load the model {name}: {first_line(problem)}") from None
+        hasher.update(f"{name}@{extract_commit_hash(file, None)}".encode())
+        return hasher.hexdigest()[:20]
+    if not (directory / "config.json").is_file():
+        raise UsageError(f"{name} holds no model: there is no config.json in it")
+    files = [directory / "config.json", directory / "generation_config.json"]
+    files = [f.resolve() for f in files if f.is_file()] + sorted(
+        f.resolve() for f in directory.glob("*.safetensors")
+    )
+    memory = cache_dir / "digests.json"
+    with make_writable(cache_dir), FileLock(memory.with_suffix(".lock")):
+        known = _read_digests(memory)
+        before = dict(known)
+        for file in files:
+            state = file.stat()
+            if known.get(str(file), [])[:2] != [state.st_size, state.st_mtime_ns]:
+                with open(file, "rb") as stream:
+                    hash_ = hashlib.file_digest(stream, "sha256").hexdigest()
+                known[str(file)] = [state.st_size, state.st_mtime_ns, hash_]
+            hasher.update(known[str(file)][2].encode())
+        if known != before:
+            write_json(memory, known)
     return hasher.hexdigest()[:20]
+
+
+def _read_digests(path: Path) -> dict[str, list[Any]]:
+    """What earlier runs remembered; a file that cannot be read costs only hashing again."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return {name: [int(size), int(time_), str(h)] for name, (size, time_, h) in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def first_line(problem: Exception) -> str:
@@ -940,6 +1064,7 @@ def teacher_responses(
     """
     settings = {
         "teacher": teacher.digest,
+        "dtype": str(teacher.compute_dtype),
         "temperature": temperature,
         "top_p": top_p if temperature else 1.0,
         "max_new_tokens": args.max_new_tokens,
@@ -956,6 +1081,7 @@ def teacher_responses(
         keys.append(f"{row_seed(prompt, count):016x}")
     with make_writable(path.parent), _one_writer(path.with_suffix(".lock"), accelerator):
         known = _read_text_cache(path)
+        accelerator.wait_for_everyone()  # all must see the same lines, and share out the rest
         missing = list({k: i for i, k in enumerate(keys) if k not in known}.values())
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         written = generate(
@@ -1036,6 +1162,16 @@ def make_writable(directory: Path) -> Iterator[None]:
         raise UsageError(f"cannot write in {directory}: {problem.strerror or problem}") from None
 
 
+def check_disk(directory: Path, needed: int) -> None:
+    """Refuse to begin what the disk has no room for (bytes)."""
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise UsageError(
+            f"--cache-teacher needs {needed / 1e6:.1f} MB in {directory}, which has only "
+            f"{free / 1e6:.1f} MB left: name another --cache-dir, or train without it"
+        )
+
+
 def progress(accelerator: Accelerator, what: str, total: int, done: int = 0) -> tqdm:
     """A bar on the main process's terminal, and nowhere else."""
     hidden = None if accelerator.is_main_process else True  # None: hidden where no terminal is
@@ -1091,6 +1227,148 @@ def teacher_examples(
         )
         for prompt, response in zip(prompts, responses, strict=True)
     ]
+
+
+class TeacherStates:
+    """The teacher's final states at the targets of fixed text: run live, or kept on disk.
+
+    With --cache-teacher they are computed first, in batches that do not depend on how a run
+    trains, into a file that is then mapped into memory. The run that fills it trains from it, so
+    every later run on the same text finds the same bits, whatever its temperature or divergence,
+    and needs no backbone. The file is named after the teacher's weights and dtype and after the
+    exact ids and targets in their batches. A record beside it gets a line, batch and checksum,
+    once the bytes of the batch are safe on disk: what a cut run computed is not computed again.
+    """
+
+    def __init__(
+        self,
+        teacher: LanguageModel,
+        examples: Sequence[Example],
+        args: CommonArguments,
+        accelerator: Accelerator,
+        purpose: str,
+    ) -> None:
+        """Fill the cache, if there is to be one, for `purpose` (shown to the user).
+
+        Raises `UsageError` for a disk without room, before it writes, and for a corrupt file.
+        """
+        self.teacher, self.examples = teacher, examples
+        self.kept: Tensor | None = None  # (tokens of all examples, d)
+        if not args.cache_teacher:
+            return
+        # The teacher's tokens alone decide the batches, as they alone decide the states.
+        by_teacher = {i: e._replace(student=e.teacher) for i, e in enumerate(examples)}
+        self.batches = [[examples[i] for i, _ in b] for b in length_batches(by_teacher)]
+        self.ends = [0]  # rows of `kept` before each batch
+        self.places: dict[int, slice] = {}  # by id(): an example is no key, its lists can change
+        for batch in self.batches:
+            start = self.ends[-1]
+            for example in batch:
+                stop = start + len(example.teacher.targets)
+                self.places[id(example)] = slice(start, stop)
+                start = stop
+            self.ends.append(start)
+        self.width = teacher.head().weight.shape[1]
+        self.row_bytes = self.width * teacher.compute_dtype.itemsize
+        self.path = Path(args.cache_dir) / "states" / f"{self._key()}.bin"
+        with (
+            make_writable(self.path.parent),
+            _one_writer(self.path.with_suffix(".lock"), accelerator),
+        ):
+            if accelerator.is_main_process:
+                self._make_room(purpose)
+            accelerator.wait_for_everyone()
+            self._fill(accelerator, purpose)
+        self.kept = torch.from_file(
+            str(self.path), size=self.ends[-1] * self.width, dtype=teacher.compute_dtype
+        ).view(-1, self.width)
+        loaded = "is loaded" if "model" in vars(teacher) else "is not loaded"
+        accelerator.print(f"{purpose}: teacher states from the cache; its backbone {loaded}")
+
+    def __call__(self, examples: Sequence[Example]) -> Tensor:
+        """States (N, d) on the teacher's device, at the N targets of `examples` in their order."""
+        device = self.teacher.device
+        if self.kept is None:
+            return teacher_states(self.teacher, collate([e.teacher for e in examples], device))
+        pieces = [self.kept[self.places[id(e)]] for e in examples]
+        states = torch.empty(
+            (sum(map(len, pieces)), self.width),
+            dtype=self.kept.dtype,
+            pin_memory=device.type == "cuda",
+        )
+        torch.cat([self.kept[:0], *pieces], out=states)
+        return states.to(device, non_blocking=True)
+
+    def _key(self) -> str:
+        hasher = hashlib.sha256(f"{self.teacher.digest} {self.teacher.compute_dtype}".encode())
+        for batch in self.batches:
+            for ids, targets in [e.teacher for e in batch]:
+                hasher.update(array("q", [len(ids), len(targets), *ids, *targets]).tobytes())
+            hasher.update(b"end of batch")
+        return hasher.hexdigest()[:16]
+
+    def _record(self) -> dict[int, int]:
+        """Checksums of the batches whose bytes are on disk."""
+        try:
+            raw = self.path.with_suffix(".done").read_bytes()
+        except FileNotFoundError:
+            return {}
+        lines = raw[: raw.rfind(b"\n") + 1].splitlines()
+        try:
+            return {int(batch): int(checksum) for batch, checksum in map(bytes.split, lines)}
+        except ValueError:
+            raise self._corrupt("unreadable record") from None
+
+    def _corrupt(self, how: str) -> UsageError:
+        return UsageError(
+            f"{self.path}: corrupt cache of teacher states ({how}); delete the file to write it "
+            "again"
+        )
+
+    def _make_room(self, purpose: str) -> None:
+        """Leave a file of the full length with the batches of its record, and a whole record."""
+        done, whole = self.path.with_suffix(".done"), self.ends[-1] * self.row_bytes
+        if not self.path.exists():
+            done.unlink(missing_ok=True)  # whoever deletes the states need not know of the record
+        record = self._record()
+        if record and self.path.stat().st_size != whole:
+            raise self._corrupt(f"{self.path.stat().st_size} bytes instead of {whole}")
+        missing = [i for i in range(len(self.batches)) if i not in record]
+        needed = sum(self.ends[i + 1] - self.ends[i] for i in missing) * self.row_bytes
+        if not needed:
+            return
+        print(
+            f"{purpose}: writing {needed / 1e6:.1f} MB of teacher states to {self.path}, "
+            f"{self.row_bytes} bytes a token"
+        )
+        check_disk(self.path.parent, needed)
+        done.write_text("".join(f"{i} {checksum}\n" for i, checksum in record.items()))
+        with open(self.path, "r+b" if record else "wb") as stream:
+            stream.truncate(whole)
+
+    def _fill(self, accelerator: Accelerator, purpose: str) -> None:
+        """Compute the missing batches and check the others, shared out between the processes."""
+        record = self._record()
+        # Shares do not depend on the record, to which the others may be adding already.
+        mine = range(accelerator.process_index, len(self.batches), accelerator.num_processes)
+        bar = progress(accelerator, f"teacher states ({purpose})", len(mine))
+        with open(self.path, "r+b") as stream:
+            for i in mine:
+                start, stop = (self.ends[j] * self.row_bytes for j in (i, i + 1))
+                stream.seek(start)
+                if i in record:
+                    if zlib.crc32(stream.read(stop - start)) != record[i]:
+                        raise self._corrupt(f"bytes {start} to {stop}")
+                else:
+                    tokens = [e.teacher for e in self.batches[i]]
+                    states = teacher_states(self.teacher, collate(tokens, self.teacher.device))
+                    states = states.to("cpu", self.teacher.compute_dtype).view(torch.uint8).numpy()
+                    stream.write(states)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                    _append(self.path.with_suffix(".done"), [f"{i} {zlib.crc32(states)}\n"])
+                bar.update()
+        bar.close()
 
 
 # ------------------------------------------------------------------ distributions and divergences
@@ -1376,6 +1654,8 @@ def generate(
 
     Nothing is taken from the model's generation_config but its end tokens.
     """
+    if not prompts:
+        return  # a teacher whose text is all known need not be loaded
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     training = model.model.training
     model.model.eval()  # also ends gradient checkpointing, which would switch the KV cache off
@@ -1502,10 +1782,8 @@ class Evaluator:
             for s, n in zip(samples, self.text_tokens, strict=True)
         ]
         self.teacher_head = teacher.head()
-        self.teacher_states = [
-            teacher_states(teacher, collate([e.teacher for _, e in batch], teacher.device)).cpu()
-            for batch in self.batches
-        ]
+        states = TeacherStates(teacher, examples, args, accelerator, "evaluation text")
+        self.teacher_states = [states([e for _, e in batch]).cpu() for batch in self.batches]
         rows = {i: self._answer_row(i, greedy[i], response_text(teacher, greedy[i])) for i in share}
         for batch, states in zip(self.batches, self.teacher_states, strict=True):
             targets = collate([e.teacher for _, e in batch], teacher.device).targets
@@ -1821,7 +2099,7 @@ class Run:
         parts = [
             f"{name.replace('_', '-')}-{Path(str(value)).name}"
             for name, value in changed_flags(self.args).items()
-            if name not in MAY_CHANGE
+            if name not in MAY_CHANGE | {"cache_teacher"}
         ]
         base = Path(named or "runs/" + "-".join([self.script, *parts])[:180])
         for number in range(1, 10_000):

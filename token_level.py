@@ -90,6 +90,7 @@ def main(args: Arguments) -> None:
 
     examples = common.make_examples(train, prompts, student, teacher, args, accelerator)
     evaluator = common.Evaluator(evaluation, teacher, args, accelerator)
+    states = common.TeacherStates(teacher, examples, args, accelerator, "training text")
     run = common.Run("token_level", args, accelerator)
     before = run.before(evaluator, student)
 
@@ -107,9 +108,8 @@ def main(args: Arguments) -> None:
         sums = 0.0
         for micro_batch in micro_batches:
             batch = common.collate([e.student for e in micro_batch], device)
-            theirs = common.collate([e.teacher for e in micro_batch], device)
             with common.reduce_gradients(accelerator, module, micro_batch is micro_batches[-1]):
-                loss, parts = module(batch, common.teacher_states(teacher, theirs))
+                loss, parts = module(batch, states(micro_batch))
                 # DDP averages over processes; the sum over them, per token, is what is wanted.
                 accelerator.backward(loss * (accelerator.num_processes / tokens))
             sums += parts
