@@ -67,7 +67,8 @@ def train(place: Path, name: str, processes: int, *flags: str) -> tuple[torch.Te
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = [line for line in done.stderr.splitlines() if "rror: " in line]
+    assert done.returncode == 0, "\n".join(said) or done.stderr[-3000:]
     assert done.stdout.count("run directory") == done.stdout.count("gap recovered") == 1
     lines = (place / name / "metrics.jsonl").read_text().splitlines()
     return torch.load(place / f"{name}.pt"), [json.loads(line) for line in lines]
