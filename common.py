@@ -1944,10 +1944,16 @@ MAY_CHANGE = {
 
 def start(script: str, args: CommonArguments) -> Accelerator:
     """Processes and device through accelerate; quiet libraries; checks that need no model."""
-    for place in (Path(args.output_dir or "runs"), Path(args.cache_dir)):
+    for kind, place in (
+        ("output", Path(args.output_dir or "runs")),
+        ("cache", Path(args.cache_dir)),
+    ):
         nearest = next(p for p in (place, *place.resolve().parents) if p.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise UsageError(f"cannot write in {place}: {nearest} is no writable directory")
+            raise UsageError(
+                f"cannot write in {place}: {nearest} is no writable directory; "
+                f"choose another --{kind}-dir"
+            )
     if args.resume:
         args.output_dir = str(find_run(script, args))
     elif (
