@@ -293,13 +293,18 @@ class LanguageModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     compute_dtype: torch.dtype
-    digest: str  # of weights and configuration
+    hash_weights: Callable[[], str]
     vocabulary: int = 0  # ids that stand for tokens; rows of the head beyond them are padding
     adapters: Any = None  # peft's view of `model`, where LoRA is trained
 
     def __post_init__(self) -> None:
         self.vocabulary = max(self.tokenizer.get_vocab().values()) + 1
         self.end_ids = end_of_turn_ids(self.model, self.tokenizer)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Names the exact weights; hashed when first asked for, as it takes a while and is kept."""
+        return self.hash_weights()
 
     @property
     def device(self) -> torch.device:
@@ -383,7 +388,9 @@ class KeptTeacher(LanguageModel):
         return self._head
 
     def _keep(self, model: PreTrainedModel) -> None:
-        whole = LanguageModel(self.name, model, self.tokenizer, self.compute_dtype, self.digest)
+        whole = LanguageModel(
+            self.name, model, self.tokenizer, self.compute_dtype, lambda: self.digest
+        )
         head = whole.head()
         tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -398,9 +405,10 @@ class KeptTeacher(LanguageModel):
 
     def _read(self) -> tuple[Head, list[int], int | None]:
         try:
-            with safe_open(self.path, "pt", device=str(self.device)) as file:
+            with safe_open(self.path, "pt") as file:
                 more = json.loads(file.metadata()["more"])
-                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                names = file.keys()
+                parts = {name: file.get_tensor(name).to(self.device) for name in names}
             head = Head(parts["weight"], parts.get("bias"), more["scale"], more["softcap"])
             return head, more["end_ids"], more["longest"]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
@@ -450,7 +458,8 @@ def load_model(
     cache_dir: str,
 ) -> LanguageModel:
     """Weights in `dtype` on `device`, in eval mode; refuses a directory with parts missing."""
-    digest = digest_of_model(name, revision, Path(cache_dir))
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UsageError(f"{name} holds no model: there is no config.json in it")
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
@@ -470,7 +479,8 @@ def load_model(
             f"{name} lacks {len(random)} tensors of the shape that its config.json asks for, "
             f"which would be random; the first is {random[0]}"
         )
-    model = LanguageModel(name, model.to(device).eval(), tokenizer, compute_dtype, digest)
+    hash_weights = functools.partial(digest_of_model, name, revision, Path(cache_dir))
+    model = LanguageModel(name, model.to(device).eval(), tokenizer, compute_dtype, hash_weights)
     check_head(model)
     return model
 

@@ -87,6 +87,6 @@ def tiny(tokenizer):
 
     def make(kind: str, seed: int = 0, **changes: object) -> common.LanguageModel:
         model = tiny_model(kind, len(tokenizer.get_vocab()), seed, **changes)
-        return common.LanguageModel(kind, model, tokenizer, torch.float32, f"{kind}-{seed}")
+        return common.LanguageModel(kind, model, tokenizer, torch.float32, lambda: f"{kind}-{seed}")
 
     return make

@@ -40,7 +40,8 @@ def examples(tokenizer) -> list[Example]:
 
 
 def arguments(directory: Path, **changes: object) -> token_level.Arguments:
-    return token_level.Arguments(cache_dir=str(directory), cache_teacher=True, **changes)
+    options = {"cache_dir": str(directory), "cache_teacher": True, **changes}
+    return token_level.Arguments(**options)
 
 
 def states_of(teacher, examples, directory: Path) -> TeacherStates:
@@ -70,7 +71,7 @@ def the_file(directory: Path) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_teachers_own_bits_come_back(tiny, examples, tmp_path, dtype):
     live = tiny("llama")
-    teacher = LanguageModel("llama", live.model.to(dtype), live.tokenizer, dtype, "llama")
+    teacher = LanguageModel("llama", live.model.to(dtype), live.tokenizer, dtype, lambda: "llama")
     states = states_of(teacher, examples, tmp_path)
     assert len(states.batches) > 3
     for batch in states.batches:
@@ -154,7 +155,9 @@ def test_a_damaged_file_is_named_and_deleting_it_helps(tiny, examples, tmp_path,
 
 def test_the_key_is_the_teacher_its_dtype_and_the_text(tiny, examples, tmp_path):
     teacher = tiny("llama")
-    half = LanguageModel("llama", teacher.model, teacher.tokenizer, torch.bfloat16, teacher.digest)
+    half = LanguageModel(
+        "llama", teacher.model, teacher.tokenizer, torch.bfloat16, lambda: teacher.digest
+    )
     tokens = examples[3].teacher
     fewer = examples.copy()
     fewer[3] = examples[3]._replace(teacher=tokens._replace(targets=tokens.targets[1:]))
@@ -176,7 +179,7 @@ def test_the_key_is_the_teacher_its_dtype_and_the_text(tiny, examples, tmp_path)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_kept_of_a_teacher_is_what_it_has(kind, dtype, tokenizer, tmp_path):
     model = tiny_model(kind, len(tokenizer.get_vocab()) + 8).to(dtype)
-    eager = LanguageModel(kind, model, tokenizer, dtype, "digest")
+    eager = LanguageModel(kind, model, tokenizer, dtype, lambda: "digest")
     loads = []
 
     def load() -> LanguageModel:
@@ -189,8 +192,8 @@ def test_what_is_kept_of_a_teacher_is_what_it_has(kind, dtype, tokenizer, tmp_pa
         assert torch.equal(ours.weight, theirs.weight) and ours.weight.dtype == dtype
         assert (ours.bias is None) == (theirs.bias is None)
         assert ours[2:] == theirs[2:]
-        assert (kept.end_ids, kept.longest, kept.vocabulary) == (
-            eager.end_ids, eager.longest, eager.vocabulary,
+        assert (kept.end_ids, kept.max_positions, kept.vocabulary) == (
+            eager.end_ids, eager.max_positions, eager.vocabulary,
         )  # fmt: skip
     assert len(loads) == 1
     short(kept.path)
