@@ -545,6 +545,8 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Pa
     model.to(torch.bfloat16).eval()
     model.config.dtype = torch.bfloat16
     model.save_pretrained(path)
+    # Evaluation left its padding in the tokenizer, which would be saved with it.
+    tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(path)
     # safetensors makes its file private to its owner, unlike all the others.
     (path / "model.safetensors").chmod(0o644)
