@@ -115,11 +115,11 @@ class CommonArguments:
     top_p: float = flag(1.0, "nucleus from which the teacher's text is sampled (1: everything)")
     generation_batch_size: int = flag(256, "responses generated at a time; does not change them")
 
-    epochs: float = flag(3.0, "passes over the training prompts")
+    epochs: float = flag(2.0, "passes over the training prompts")
     max_steps: int = flag(-1, "optimizer steps; wins over --epochs")
     batch_size: int = flag(64, "examples in an optimizer step, over all processes")
     micro_batch_size: int = flag(16, "examples in a backward pass of a process (0: all its share)")
-    learning_rate: float = flag(2e-3, "peak of the schedule (linear warm-up, cosine to zero)")
+    learning_rate: float = flag(3e-3, "peak of the schedule (linear warm-up, cosine to zero)")
     weight_decay: float = flag(0.01, "decoupled weight decay, on matrices only")
     warmup_steps: int = flag(30, "steps of linear warm-up")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this global norm")

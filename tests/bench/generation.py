@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -75,8 +76,8 @@ def main() -> None:
     args = parser.parse_args()
 
     name = str(args.models / "smollm2")
-    flags = token_level.Arguments(student=name, teacher=name, cache_dir=os.devnull)
-    accelerator = common.start(flags)
+    flags = token_level.Arguments(student=name, teacher=name, cache_dir=tempfile.gettempdir())
+    accelerator = common.start("token_level", flags)
     model, _ = common.load_pair(flags, accelerator.device)
     rows = common.load_conversations(str(ROOT / "data" / "chat.jsonl"))
     rows = rows[:: max(1, len(rows) // args.rows)][: args.rows]

@@ -79,7 +79,7 @@ def report(ends: list[float], loaded: float, loss: float, targets: int) -> None:
     print(json.dumps({**found, "loss": loss, "targets": targets}))
 
 
-def run_suite(models: Path, rows: list[Row]) -> None:
+def run_suite(models: Path, rows: list[Row], directory: Path) -> None:
     """The inner loop of token_level.main, on its own building blocks."""
     sys.path.insert(0, str(ROOT))
     import common
@@ -87,23 +87,26 @@ def run_suite(models: Path, rows: list[Row]) -> None:
 
     args = token_level.Arguments(
         student=str(models / "smollm2-8l"), teacher=str(models / "smollm2"),
-        dtype="float32", teacher_dtype="float32", batch_size=BATCH, **ADAM,
+        dtype="float32", teacher_dtype="float32", cache_dir=str(directory), **ADAM,
     )  # fmt: skip
     accelerator = common.start("token_level", args)
     student, teacher = common.load_pair(args, accelerator.device)
     loaded = resident()
+    examples = []
+    for row in rows:
+        ids, answer = row["input_ids"], row["completion_mask"].index(1)
+        tokens = common.with_response(ids[:answer], ids[answer:])
+        examples.append(common.Example(tokens, tokens, ""))
+    states = common.TeacherStates(teacher, examples, args, accelerator, "training text")
     module = token_level.TokenLevelLoss(student, teacher.head(), args.objective())
     module, optimizer = accelerator.prepare(module, common.make_optimizer(module, args))
-    for group in optimizer.param_groups:
-        assert group["betas"] == BETAS
+    assert all(group["betas"] == BETAS for group in optimizer.param_groups)
     student.model.train()
     ends, losses, targets = [], [], []
-    for start in range(0, len(rows), BATCH):
-        answers = [(r["input_ids"], r["completion_mask"].index(1)) for r in rows[start:][:BATCH]]
-        examples = [common.with_response(ids[:place], ids[place:]) for ids, place in answers]
-        batch = common.collate(examples, accelerator.device)
-        theirs = common.collate(examples, accelerator.device)
-        loss, _ = module(batch, common.teacher_states(teacher, theirs))
+    for start in range(0, len(examples), BATCH):
+        micro_batch = examples[start : start + BATCH]
+        batch = common.collate([e.student for e in micro_batch], accelerator.device)
+        loss, _ = module(batch, states(micro_batch))
         accelerator.backward(loss / len(batch.targets))
         accelerator.clip_grad_norm_(module.parameters(), args.max_grad_norm)
         optimizer.step()
@@ -114,7 +117,7 @@ def run_suite(models: Path, rows: list[Row]) -> None:
     report(ends, loaded, losses[0], targets[0])
 
 
-def run_trl(models: Path, rows: list[Row]) -> None:
+def run_trl(models: Path, rows: list[Row], directory: Path) -> None:
     """GKDTrainer as it comes; the subclass only reads its loss, its targets and the clock."""
     import torch
     from datasets import Dataset
@@ -139,36 +142,30 @@ def run_trl(models: Path, rows: list[Row]) -> None:
         for name in ("smollm2-8l", "smollm2")
     )
     loaded = resident()
-    with tempfile.TemporaryDirectory() as directory:
-        config = GKDConfig(
-            output_dir=directory, max_steps=len(rows) // BATCH, per_device_train_batch_size=BATCH,
-            max_length=LENGTH, train_sampling_strategy="sequential", lr_scheduler_type="constant",
-            adam_beta1=BETAS[0], adam_beta2=BETAS[1], **ADAM,
-            lmbda=0.0, temperature=1.0,
-            beta=0.0,  # F.kl_div(student, teacher): KL(teacher ‖ student)
-            use_cpu=True, bf16=False, gradient_checkpointing=False,
-            logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
-        )  # fmt: skip
-        trainer = Watched(
-            model=student, teacher_model=teacher, args=config, callbacks=[Clock()],
-            train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(models / "smollm2-8l"),
-        )  # fmt: skip
-        trainer.train()
+    config = GKDConfig(
+        output_dir=str(directory), max_steps=len(rows) // BATCH, per_device_train_batch_size=BATCH,
+        max_length=LENGTH, train_sampling_strategy="sequential", lr_scheduler_type="constant",
+        adam_beta1=BETAS[0], adam_beta2=BETAS[1], **ADAM,
+        lmbda=0.0, temperature=1.0,
+        beta=0.0,  # F.kl_div(student, teacher): KL(teacher ‖ student)
+        use_cpu=True, bf16=False, gradient_checkpointing=False,
+        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Watched(
+        model=student, teacher_model=teacher, args=config, callbacks=[Clock()],
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(models / "smollm2-8l"),
+    )  # fmt: skip
+    trainer.train()
     report(ends, loaded, losses[0], targets[0])
 
 
 def measure(python: str, side: str, models: Path, rows: Path, threads: int) -> dict[str, float]:
     """One side in a process of its own; its last line of output."""
     command = [python, __file__, "--models", str(models), "--side", side, "--rows", str(rows)]
-    environment = {
-        "OMP_NUM_THREADS": str(threads),
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **environment}
-    )
+    settings = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **settings}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -185,16 +182,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.side:
         rows = json.loads(args.rows.read_text(encoding="utf-8"))
-        (run_suite if args.side == "suite" else run_trl)(args.models, rows)
+        run = run_suite if args.side == "suite" else run_trl
+        run(args.models, rows, args.rows.parent)
         return
     if not args.trl_python:
         parser.error("--trl-python is needed")
-    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
-        json.dump(make_rows(args.models, BATCH * (args.steps + 1)), file)
-        file.flush()
-        common = (args.models, Path(file.name), args.threads)
-        suite = measure(sys.executable, "suite", *common)
-        trl = measure(args.trl_python, "trl", *common)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "rows.json"
+        file.write_text(json.dumps(make_rows(args.models, BATCH * (args.steps + 1))))
+        suite = measure(sys.executable, "suite", args.models, file, args.threads)
+        trl = measure(args.trl_python, "trl", args.models, file, args.threads)
     assert suite["targets"] == trl["targets"], (suite, trl)
     assert abs(suite["loss"] / trl["loss"] - 1) < 1e-3, (suite, trl)
     print(f"{BATCH} x {LENGTH} tokens, {suite['targets']} targets in the first step, float32, CPU")
