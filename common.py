@@ -141,7 +141,7 @@ class CommonArguments:
     )
     save_steps: int = flag(200, "steps between checkpoints (0: only at the end)")
     save_total_limit: int = flag(2, "checkpoints kept (0: all)")
-    eval_steps: int = flag(100, "steps between evaluations while training (0: none)")
+    eval_steps: int = flag(200, "steps between evaluations while training (0: none)")
     logging_steps: int = flag(10, "steps between writes to metrics.jsonl")
     report_to: str = flag("none", "send metrics to a tracker too: tensorboard, wandb, ...")
     cache_dir: str = flag("runs/cache", "where the teacher's text is kept for the next run")
