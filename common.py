@@ -115,11 +115,11 @@ class CommonArguments:
     top_p: float = flag(1.0, "nucleus from which the teacher's text is sampled (1: everything)")
     generation_batch_size: int = flag(256, "responses generated at a time; does not change them")
 
-    epochs: float = flag(2.0, "passes over the training prompts")
+    epochs: float = flag(3.0, "passes over the training prompts")
     max_steps: int = flag(-1, "optimizer steps; wins over --epochs")
     batch_size: int = flag(64, "examples in an optimizer step, over all processes")
     micro_batch_size: int = flag(16, "examples in a backward pass of a process (0: all its share)")
-    learning_rate: float = flag(3e-3, "peak of the schedule (linear warm-up, cosine to zero)")
+    learning_rate: float = flag(2e-3, "peak of the schedule (linear warm-up, cosine to zero)")
     weight_decay: float = flag(0.01, "decoupled weight decay, on matrices only")
     warmup_steps: int = flag(30, "steps of linear warm-up")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this global norm")
@@ -146,7 +146,7 @@ class CommonArguments:
     report_to: str = flag("none", "send metrics to a tracker too: tensorboard, wandb, ...")
     cache_dir: str = flag("runs/cache", "where the teacher's text is kept for the next run")
     cache_teacher: bool = flag(
-        False, "keep the teacher's final states there too: a sweep then runs the teacher once"
+        True, "keep the teacher's final states there too, so that it reads each text only once"
     )
 
 
@@ -315,6 +315,9 @@ class LanguageModel:
         """Tokens that the model has positions for; None where its configuration sets no end."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
+    def keep(self) -> None:
+        """Write what stands in for the model in later runs; only a `KeptTeacher` has any."""
+
     def head(self) -> Head:
         """The output layer, cut to the ids that stand for tokens."""
         layer, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
@@ -348,8 +351,7 @@ class KeptTeacher(LanguageModel):
 
     The head, the end ids and the number of positions are kept in one file of `directory`, named
     after the weights, their dtype and what the tokenizer adds to them. Where the file is missing
-    the model is loaded at once and writes it. The head is always read back from the file, so that
-    the run that wrote it multiplies by the same bits, in the same place, as later ones.
+    the model is loaded at once, and `keep` writes it when all input is known to be right.
     """
 
     def __init__(
@@ -368,9 +370,13 @@ class KeptTeacher(LanguageModel):
         depends_on = [digest, str(dtype), self.vocabulary, tokenizer.eos_token_id]
         key = hashlib.sha256(json.dumps([*depends_on, tokenizer.chat_template]).encode())
         self.path = directory / f"head-{key.hexdigest()[:16]}.safetensors"
-        if not self.path.exists():
-            self._keep(self.model)
-        self._head, self.end_ids, self._longest = self._read()
+        if self.path.exists():
+            self._head, self.end_ids, self._longest = self._read()
+        else:
+            whole = self._load()
+            self.model = whole.model
+            self._head, self.end_ids = whole.head(), whole.end_ids
+            self._longest = whole.max_positions
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
@@ -387,19 +393,17 @@ class KeptTeacher(LanguageModel):
     def head(self) -> Head:
         return self._head
 
-    def _keep(self, model: PreTrainedModel) -> None:
-        whole = LanguageModel(
-            self.name, model, self.tokenizer, self.compute_dtype, lambda: self.digest
-        )
-        head = whole.head()
+    def keep(self) -> None:
+        """Write what later runs need in the place of the model, unless it is there."""
+        head = self._head
         tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         more = {"scale": head.scale, "softcap": head.softcap}
-        more |= {"end_ids": whole.end_ids, "longest": whole.max_positions}
-        beside = self.path.with_suffix(".part")
+        more |= {"end_ids": self.end_ids, "longest": self._longest}
         with make_writable(self.path.parent), FileLock(self.path.with_suffix(".lock")):
             if not self.path.exists():
                 check_disk(self.path.parent, sum(t.nbytes for t in tensors.values()))
+                beside = self.path.with_suffix(".part")
                 save_file(tensors, beside, {"more": json.dumps(more)})
                 os.replace(beside, self.path)
 
@@ -600,20 +604,27 @@ def digest_of_model(name: str, revision: str, cache_dir: Path) -> str:
     files = [f.resolve() for f in files if f.is_file()] + sorted(
         f.resolve() for f in directory.glob("*.safetensors")
     )
+    known = _read_digests(cache_dir / "digests.json") | _HASHED
+    for file in files:
+        state, path = file.stat(), str(file)
+        if known.get(path, [])[:2] != [state.st_size, state.st_mtime_ns]:
+            with open(file, "rb") as stream:
+                hashed = hashlib.file_digest(stream, "sha256").hexdigest()
+            known[path] = _HASHED[path] = [state.st_size, state.st_mtime_ns, hashed]
+        hasher.update(known[path][2].encode())
+    return hasher.hexdigest()[:20]
+
+
+_HASHED: dict[str, list[Any]] = {}  # file: its size, time of change and hash
+
+
+def remember_digests(cache_dir: Path) -> None:
+    """Note this process's hashes for the next one, once it is known that there will be a run."""
     memory = cache_dir / "digests.json"
     with make_writable(cache_dir), FileLock(memory.with_suffix(".lock")):
         known = _read_digests(memory)
-        before = dict(known)
-        for file in files:
-            state = file.stat()
-            if known.get(str(file), [])[:2] != [state.st_size, state.st_mtime_ns]:
-                with open(file, "rb") as stream:
-                    hash_ = hashlib.file_digest(stream, "sha256").hexdigest()
-                known[str(file)] = [state.st_size, state.st_mtime_ns, hash_]
-            hasher.update(known[str(file)][2].encode())
-        if known != before:
-            write_json(memory, known)
-    return hasher.hexdigest()[:20]
+        if known | _HASHED != known:
+            write_json(memory, known | _HASHED)
 
 
 def _read_digests(path: Path) -> dict[str, list[Any]]:
@@ -1089,6 +1100,7 @@ def teacher_responses(
         count = seen.get(tuple(prompt), 0) if temperature else 0
         seen[tuple(prompt)] = count + 1
         keys.append(f"{row_seed(prompt, count):016x}")
+    remember_digests(Path(args.cache_dir))
     with make_writable(path.parent), _one_writer(path.with_suffix(".lock"), accelerator):
         known = _read_text_cache(path)
         accelerator.wait_for_everyone()  # all must see the same lines, and share out the rest
@@ -1177,8 +1189,8 @@ def check_disk(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise UsageError(
-            f"--cache-teacher needs {needed / 1e6:.1f} MB in {directory}, which has only "
-            f"{free / 1e6:.1f} MB left: name another --cache-dir, or train without it"
+            f"the teacher's states need {needed / 1e6:.1f} MB in {directory}, which has only "
+            f"{free / 1e6:.1f} MB left: name another --cache-dir, or add --no-cache-teacher"
         )
 
 
@@ -1266,6 +1278,7 @@ class TeacherStates:
         self.kept: Tensor | None = None  # (tokens of all examples, d)
         if not args.cache_teacher:
             return
+        teacher.keep()
         # The teacher's tokens alone decide the batches, as they alone decide the states.
         by_teacher = {i: e._replace(student=e.teacher) for i, e in enumerate(examples)}
         self.batches = [[examples[i] for i, _ in b] for b in length_batches(by_teacher)]

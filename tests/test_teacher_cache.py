@@ -186,7 +186,7 @@ def test_what_is_kept_of_a_teacher_is_what_it_has(kind, dtype, tokenizer, tmp_pa
         loads.append(1)
         return eager
 
-    for _ in range(2):
+    for time in range(2):
         kept = KeptTeacher(kind, tokenizer, dtype, "digest", eager.device, tmp_path, load)
         ours, theirs = kept.head(), eager.head()
         assert torch.equal(ours.weight, theirs.weight) and ours.weight.dtype == dtype
@@ -195,6 +195,8 @@ def test_what_is_kept_of_a_teacher_is_what_it_has(kind, dtype, tokenizer, tmp_pa
         assert (kept.end_ids, kept.max_positions, kept.vocabulary) == (
             eager.end_ids, eager.max_positions, eager.vocabulary,
         )  # fmt: skip
+        assert kept.path.exists() == bool(time)  # nothing is written before it is asked for
+        kept.keep()
     assert len(loads) == 1
     short(kept.path)
     with pytest.raises(UsageError, match="delete the file"):
@@ -205,6 +207,9 @@ def test_a_digest_follows_the_files_and_is_remembered(tokenizer, tmp_path, monke
     name, cache = tmp_path / "model", tmp_path / "cache"
     tiny_model("llama", 50).save_pretrained(name)
     first = common.digest_of_model(str(name), "main", cache)
+    assert not cache.exists()  # asking is free of traces
+    common.remember_digests(cache)
+    common._HASHED.clear()  # as in the next process
     with monkeypatch.context() as patch:
         patch.setattr(common.hashlib, "file_digest", None)
         assert common.digest_of_model(str(name), "main", cache) == first

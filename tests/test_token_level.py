@@ -20,7 +20,7 @@ def workplace(tmp_path_factory) -> Path:
 
 
 def train(workplace: Path, *flags: str) -> str:
-    small = ("--max-rows", "2560", "--eval-size", "300", "--eval-steps", "40")
+    small = ("--max-rows", "2560", "--epochs", "2", "--eval-size", "300", "--eval-steps", "40")
     done = run_script("token_level.py", *small, *flags, cwd=workplace)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -30,7 +30,7 @@ def train(workplace: Path, *flags: str) -> str:
 def forward(workplace) -> tuple[Path, str]:
     printed = train(workplace)
     return (
-        workplace / "runs" / "token_level-max-rows-2560-eval-size-300",
+        workplace / "runs" / "token_level-max-rows-2560-eval-size-300-epochs-2.0",
         printed,
     )
 
@@ -63,7 +63,7 @@ def test_metrics_and_table(forward):
     assert [line["step"] for line in steps] == list(range(1, 81))
     assert all(line["train/kl"] == line["train/loss"] for line in steps)  # T = 1, no CE
     assert {"optim/lr", "optim/grad_norm", "speed/tokens_per_second"} <= steps[0].keys()
-    assert steps[29]["optim/lr"] == pytest.approx(3e-3) and steps[-1]["optim/lr"] < 1e-5
+    assert steps[29]["optim/lr"] == pytest.approx(2e-3) and steps[-1]["optim/lr"] < 1e-5
     scored = {line["step"]: line for line in lines if "eval/kl_to_teacher" in line}
     assert list(scored) == [0, 40, 80]
     assert scored[80]["eval/kl_to_teacher"] == results["after"]["kl_to_teacher"]
