@@ -2410,7 +2410,8 @@ def draw_curves(directories: Sequence[Path], target: Path) -> None:
         print(f'no {target.name}: it needs matplotlib (pip install -e ".[plots]")')
         return
     panels = ("train/loss", "eval/kl_to_teacher", "eval/exact_match", "eval/error_rate")
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(18, 4), layout="constrained")
+    height = 4 + (0.25 * math.ceil(len(directories) / 3) if len(directories) > 1 else 0)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(18, height), layout="constrained")
     for directory in directories:
         text = (directory / "metrics.jsonl").read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text.splitlines()]
@@ -2422,7 +2423,7 @@ def draw_curves(directories: Sequence[Path], target: Path) -> None:
         axis.set(title=name, xlabel="step")
         axis.grid(alpha=0.3)
     if len(directories) > 1:
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(target, dpi=100)
     pyplot.close(figure)
 
