@@ -2322,8 +2322,21 @@ class Run:
         **more: Any,
     ) -> None:
         """Write final/, results.json and curves.png, and print the table."""
-        if not self.accelerator.is_main_process:
-            return
+        if self.accelerator.is_main_process:
+            self._write_results(student, before, after, evaluator, more)
+        if self.accelerator.num_processes > 1:
+            # A process that just exits can abort those that still talk to it.
+            self.accelerator.wait_for_everyone()
+            torch.distributed.destroy_process_group()
+
+    def _write_results(
+        self,
+        student: LanguageModel,
+        before: list[Row],
+        after: list[Row],
+        evaluator: Evaluator,
+        more: dict[str, Any],
+    ) -> None:
         results = {
             "teacher": scores(evaluator.teacher_rows),
             "before": scores(before),

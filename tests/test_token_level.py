@@ -104,7 +104,11 @@ def test_other_divergences_learn_too(kl, workplace, forward):
     train(workplace, "--kl", kl, "--output-dir", f"runs/{kl}")
     assert [p.stat().st_size for p in cache] == sizes
     results, lines = read(workplace / "runs" / kl)
-    assert results["after"]["kl_to_teacher"] < 0.97 * results["before"]["kl_to_teacher"]
+    own = [line["train/kl"] for line in lines if "train/kl" in line]
+    assert sum(own[-10:]) < 0.9 * sum(own[:10])
+    # Reverse KL raises the forward KL of a weak student at first, and 80 steps are few.
+    limit = {"reverse": 1.05, "jsd": 0.97}[kl]
+    assert results["after"]["kl_to_teacher"] < limit * results["before"]["kl_to_teacher"]
     assert results["after"]["error_rate"] < results["before"]["error_rate"]
     assert lines[-1]["step"] == 80
 

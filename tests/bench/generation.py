@@ -76,9 +76,10 @@ def main() -> None:
     args = parser.parse_args()
 
     name = str(args.models / "smollm2")
-    flags = token_level.Arguments(student=name, teacher=name, cache_dir=tempfile.gettempdir())
-    accelerator = common.start("token_level", flags)
-    model, _ = common.load_pair(flags, accelerator.device)
+    with tempfile.TemporaryDirectory() as directory:
+        flags = token_level.Arguments(student=name, teacher=name, cache_dir=directory)
+        accelerator = common.start("token_level", flags)
+        model, _ = common.load_pair(flags, accelerator.device)
     rows = common.load_conversations(str(ROOT / "data" / "chat.jsonl"))
     rows = rows[:: max(1, len(rows) // args.rows)][: args.rows]
     prompts = common.encode_prompts(model, rows)

@@ -96,7 +96,9 @@ def run_suite(models: Path, rows: list[Row], directory: Path) -> None:
 
     args = token_level.Arguments(
         student=str(models / "smollm2-8l"), teacher=str(models / "smollm2"),
-        dtype="float32", teacher_dtype="float32", cache_dir=str(directory), **ADAM,
+        dtype="float32", teacher_dtype="float32", cache_dir=str(directory),
+        cache_teacher=False,  # the teacher runs in every step, as TRL's does
+        **ADAM,
     )  # fmt: skip
     accelerator = common.start("token_level", args)
     student, teacher = common.load_pair(args, accelerator.device)
