@@ -45,7 +45,7 @@ def test_template_without_generation_marks():
     tokenizer = common.load_tokenizer(str(MODELS / "smollm2"), "main", None)
     model = common.load_model(
         str(MODELS / "smollm2-8l"), tokenizer, revision="main", dtype=torch.float32,
-        compute_dtype=torch.float32, attention=None, device=torch.device("cpu"),
+        compute_dtype=torch.float32, attention=None, device=torch.device("cpu"), cache_dir="cache",
     )  # fmt: skip
     turns = [
         {"role": "user", "content": "Hi"},
