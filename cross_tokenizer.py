@@ -93,7 +93,9 @@ class Objective(NamedTuple):
 # -------------------------------------------------------------------------- bytes and alignment
 
 
-END = b"\xff"  # how an end-of-turn token is spelled here: no UTF-8 text holds this byte
+# Special tokens are spelled as this and their name, an end-of-turn token as this alone: no UTF-8
+# text and no token of any text holds these bytes.
+END = b"\xff\xff"
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -104,7 +106,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def token_bytes(model: LanguageModel) -> list[bytes]:
-    """The bytes of text that each id stands for: END for what ends a turn, none for special tokens.
+    """The bytes of text that each id stands for; special tokens have spellings of their own.
 
     Raises `UsageError` for a tokenizer that neither spells bytes (GPT-2), nor marks spaces with ▁
     (SentencePiece), nor joins its tokens as they stand.
@@ -131,8 +133,8 @@ def token_bytes(model: LanguageModel) -> list[bytes]:
     for token, i in tokenizer.get_vocab().items():
         if i not in added:
             found[i] = spelled(token)
-        elif not added[i].special:
-            found[i] = added[i].content.encode()
+        else:
+            found[i] = (END if added[i].special else b"") + added[i].content.encode()
     for i in model.end_ids:
         found[i] = END
     return found
@@ -274,6 +276,8 @@ class Tables(NamedTuple):
 
 def longest_prefix(token: bytes, known: dict[bytes, int]) -> bytes:
     """The longest key of `known` that `token` begins with; empty where none is."""
+    if token.startswith(END):
+        return token if token in known else b""
     return next((token[:n] for n in range(len(token), 0, -1) if token[:n] in known), b"")
 
 
@@ -316,7 +320,7 @@ class Alignments:
         self.sizes = student.vocabulary, teacher.vocabulary
         self.spelled = token_bytes(student), token_bytes(teacher)
         shared = sorted((set(self.spelled[0]) & set(self.spelled[1])) - {b""})
-        numbers = {token: n for n, token in enumerate(shared, 1)} | {b"": 0}  # 0: no class at all
+        numbers = {token: n for n, token in enumerate(shared, 1)} | {b"": 0}  # 0: begun by none
         classes = [[numbers[longest_prefix(b, numbers)] for b in side] for side in self.spelled]
         self.inside = (
             Continuations(self.spelled[1], self.spelled[0]),
@@ -332,9 +336,11 @@ class Alignments:
             )
         self.classes = [torch.tensor(side, device=self.device) for side in classes]
         self.count = len(numbers)
+        self.possible = torch.ones(self.count, device=self.device)
+        self.possible[0] = float(0 in classes[0])
         self.tables = [c.tables(self.device) for c in self.inside]
         self.counts = [(t.tokens.counts.cpu(), t.other.counts.cpu()) for t in self.tables]
-        own = [b for b in self.spelled[0] if b not in (b"", END)]
+        own = [b for b in self.spelled[0] if b and not b.startswith(END)]
         self.overlap = sum(b in numbers for b in own) / max(1, len(own))
 
     def _compare(self, example: Example, classes: list[list[int]]) -> Tensor:
@@ -361,7 +367,7 @@ class Alignments:
                 row, token, teacher_token = (a + i, b + j), ours[a + i], theirs[b + j]
                 ahead = begins[i] - its_begins[j]
                 if ahead == 0:
-                    if classes[0][token] == classes[1][teacher_token]:
+                    if classes[0][token] == classes[1][teacher_token] > 0:
                         rows.append((*row, LEVEL, 0))
                         compared.add(row[0])
                 elif ahead > 0:
@@ -435,18 +441,24 @@ class Alignments:
 
 
 def _shown(piece: bytes) -> str:
-    if piece in (b"", END):
-        return "<end>" if piece else "<>"
+    if piece.startswith(END):
+        return piece[len(END) :].decode() or "<end>"
     return repr(piece.decode(errors="replace").replace(" ", "␣"))[1:-1]
 
 
 # ----------------------------------------------------------------------------------------- loss
 
 
+def floor(p: Tensor) -> float:
+    """What a probability counts for at least, so that no gradient overflows: 1e-19 in float32."""
+    return torch.finfo(p.dtype).tiny ** 0.5
+
+
 def kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """Σ teacher · log(teacher / student) over all elements; zeros cost nothing, or much."""
-    tiny = torch.finfo(student.dtype).tiny
-    return torch.sum(teacher * ((teacher + tiny).log() - (student + tiny).log()))
+    """Σ teacher · log(teacher / student) over all elements, in nats."""
+    return torch.sum(
+        teacher * ((teacher + floor(teacher)).log() - (student + floor(student)).log())
+    )
 
 
 def class_probabilities(probabilities: Tensor, classes: Tensor, count: int) -> Tensor:
@@ -483,8 +495,7 @@ def continuations(
     found = inside[rows[0][pair], tables.tokens.values[place]]
     restricted = inside.new_zeros(len(pair_of))
     restricted = restricted.index_add(0, (ends - counts)[pair] + tables.outcome[place], found)
-    tiny = torch.finfo(inside.dtype).tiny
-    total = inside.new_zeros(len(w)).index_add(0, pair_of, restricted).clamp_min(tiny)
+    total = inside.new_zeros(len(w)).index_add(0, pair_of, restricted).clamp_min(floor(inside))
 
     pair, place = tables.other.take(w, outcomes)
     names, spots = tables.other.values[place], torch.arange(outcomes, device=w.device) + pair
@@ -494,7 +505,7 @@ def continuations(
         left = left * tables.stops[w]
     going_on = left.new_zeros(len(pair_of)).index_copy(0, spots, chosen[pair, names])
     going_on = going_on.index_copy(0, ends - 1, left)
-    whole = left.new_zeros(len(w)).index_add(0, pair_of, going_on).clamp_min(tiny)
+    whole = left.new_zeros(len(w)).index_add(0, pair_of, going_on).clamp_min(floor(other))
     return restricted / total[pair_of], going_on / whole[pair_of]
 
 
@@ -529,7 +540,9 @@ def hybrid_divergence(ours: Tensor, theirs: Tensor, piece: Piece, alignments: Al
             (ours, theirs), (pairs.student, pairs.teacher), alignments.classes, strict=True
         )
     ]
-    total = kl(classes[1], classes[0])
+    # What the student has no token for is left out of what the teacher says.
+    possible = classes[1] * alignments.possible
+    total = kl(possible / possible.sum(-1, keepdim=True), classes[0])
     if len((pairs := piece.teacher_inside).w):
         rows = pairs.teacher, pairs.student
         total = total + kl(*continuations(theirs, ours, rows, pairs, alignments.tables[0]))
