@@ -642,9 +642,8 @@ def main(args: Arguments) -> None:
     examples = common.make_examples(train, prompts, student, teacher, args, accelerator)
     alignments = Alignments(examples, student, teacher, objective)
     accelerator.print(alignments.picture(examples[0]))
-    accelerator.print(
-        ", ".join(f"{name} {value:.3f}" for name, value in alignments.report().items())
-    )
+    numbers = [f"{name} {value:.3f}" for name, value in alignments.report().items()]
+    accelerator.print("alignment: " + ", ".join(numbers))
     evaluator = common.Evaluator(evaluation, student, teacher, args, accelerator)
     states = common.TeacherStates(teacher, examples, args, accelerator, "training text")
     run = common.Run("cross_tokenizer", args, accelerator)
