@@ -225,6 +225,10 @@ def launch(main: Callable[[Any], None], kind: type[CommonArguments], description
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    # Not inside `main`: where DDP's reducer is the last to let go of the group, it waits for the
+    # group's thread while holding the interpreter's lock, for which that thread may be waiting.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def changed_flags(args: CommonArguments) -> dict[str, Any]:
@@ -2437,7 +2441,6 @@ class Run:
         if self.accelerator.num_processes > 1:
             # A process that just exits can abort those that still talk to it.
             self.accelerator.wait_for_everyone()
-            torch.distributed.destroy_process_group()
 
     def _write_results(
         self,
