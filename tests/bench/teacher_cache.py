@@ -1,10 +1,13 @@
 """What --cache-teacher saves in a sweep of five temperatures: seconds, disk, peak memory.
 
 Runs token_level.py five times without the cache of states and five times with it, in a scratch
-directory. The teacher's text is kept in both sweeps; only its states differ.
+directory. The teacher's text is kept in both sweeps; only its states differ. The first run of
+either sweep writes the text too, so that the sums compare whole sweeps.
 
-    python tests/bench/teacher_cache.py
-    python tests/bench/teacher_cache.py --teacher DIR --student DIR --max-steps 20 --max-length 256
+    python tests/bench/teacher_cache.py --max-steps 200
+    python tests/bench/teacher_cache.py --teacher DIR/smollm2 --student DIR/smollm2-8l \
+        --dataset data/chat.jsonl --max-rows 40 --eval-size 8 --max-new-tokens 64 --epochs 3 \
+        --batch-size 8 --micro-batch-size 4 --learning-rate 3e-4 --warmup-steps 2
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as directory:
         # Cached last: the peak of all children so far is then the live sweep's, if it is higher.
         for name in [own.only] if own.only else ["live", "cached"]:
-            more = ["--cache-teacher"] if name == "cached" else []
+            more = [] if name == "cached" else ["--no-cache-teacher"]
             totals[name] = sweep(name, [*flags, *more], directory)
             peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
             print(f"{name:8} all five {totals[name]:7.1f} s, peak memory so far {peak:.2f} GB")
