@@ -558,7 +558,9 @@ def load_pair(args: CommonArguments, device: torch.device) -> tuple[LanguageMode
     if args.lora_rank:
         add_adapters(student, args.lora_rank)
     if args.gradient_checkpointing:
-        student.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if not student.model.supports_gradient_checkpointing:
+            raise UsageError(f"--gradient-checkpointing: {student.name} does not support it")
+        student.model.activation_checkpointing_enable()
     return student, teacher
 
 
