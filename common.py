@@ -32,7 +32,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -645,6 +645,7 @@ def first_line(problem: Exception) -> str:
 # -------------------------------------------------------------------------- chat data and masks
 
 Messages = list[dict[str, str]]
+Item = TypeVar("Item")
 
 # Llama 3.2's template prints today's date; with it nothing would be found in the cache tomorrow.
 FIXED_DATE = "26 Jul 2024"
@@ -1041,17 +1042,29 @@ def collate(examples: Sequence[Tokens], device: torch.device, pad_id: int = 0) -
 def micro_batches(
     examples: Sequence[Example], args: CommonArguments, step: int, accelerator: Accelerator
 ) -> tuple[list[list[Example]], int]:
-    """This process's share of the step's global batch, and the target tokens of the whole of it.
+    """This process's share of the step's global batch, and the target tokens of the whole of it."""
+    return share_out(global_batch(examples, args, step), args, accelerator)
 
-    The batch is a function of (seed, step). It is cut by length, so that micro-batches carry
-    little padding; every process gets equally many, the last of which may be empty.
-    """
-    chosen: list[Example] = []
+
+def global_batch(items: Sequence[Item], args: CommonArguments, step: int) -> list[Item]:
+    """What a step learns from: a function of (seed, step), each epoch in an order of its own."""
+    chosen = []
     for i in range(step * args.batch_size, (step + 1) * args.batch_size):
-        epoch, place = divmod(i, len(examples))
-        chosen.append(examples[_order(args.seed, epoch, len(examples))[place]])
+        epoch, place = divmod(i, len(items))
+        chosen.append(items[_order(args.seed, epoch, len(items))[place]])
+    return chosen
+
+
+def share_out(
+    chosen: list[Example], args: CommonArguments, accelerator: Accelerator
+) -> tuple[list[list[Example]], int]:
+    """This process's share of a global batch, and the target tokens of the whole of it.
+
+    The batch is cut by length, so that micro-batches carry little padding; every process gets
+    equally many, the last of which may be empty.
+    """
     tokens = sum(len(e.student.targets) for e in chosen)
-    chosen.sort(key=lambda e: len(e.student.ids))
+    chosen = sorted(chosen, key=lambda e: len(e.student.ids))
     share = math.ceil(len(chosen) / accelerator.num_processes)
     size = min(args.micro_batch_size or share, share)
     mine = chosen[accelerator.process_index :: accelerator.num_processes]
