@@ -307,6 +307,14 @@ class LanguageModel:
         return self.hash_weights()
 
     @property
+    def end_id(self) -> int:
+        """The id that ends what this model is taught to say: its template's own, if it has one."""
+        template_end = _template_end(self.tokenizer)
+        if template_end or self.tokenizer.eos_token_id is not None:
+            return template_end[0] if template_end else self.tokenizer.eos_token_id
+        raise UsageError(f"{self.name}: neither template nor tokenizer has an end-of-turn token")
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 
@@ -429,12 +437,17 @@ def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     found: set[int] = set()
     for ids in declared:
         found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
-        after = tokenize(tokenizer, render(tokenizer, turn).rpartition("answer")[2]).ids
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        found.update([i for i in after if i in special][:1])
-    return sorted(found)
+    return sorted(found.union(_template_end(tokenizer)))
+
+
+def _template_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special token that the chat template writes after an answer, where it writes one."""
+    if not tokenizer.chat_template:
+        return []
+    turn = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
+    after = tokenize(tokenizer, render(tokenizer, turn).rpartition("answer")[2]).ids
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [i for i in after if i in special][:1]
 
 
 def load_tokenizer(name: str, revision: str, template_file: str | None) -> PreTrainedTokenizerBase:
@@ -549,11 +562,16 @@ def add_adapters(student: LanguageModel, rank: int) -> None:
     student.adapters = LoraModel(student.model, config, "default")
 
 
+def same_vocabulary(student: LanguageModel, teacher: LanguageModel) -> bool:
+    """Whether equal ids are equal tokens, so that ids can cross from one model to the other."""
+    return student.tokenizer.get_vocab() == teacher.tokenizer.get_vocab()
+
+
 def check_same_vocabulary(student: LanguageModel, teacher: LanguageModel) -> None:
     """Token-by-token divergences compare ids, so equal ids must be equal tokens."""
-    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    if ours == theirs:
+    if same_vocabulary(student, teacher):
         return
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     differing = sorted({t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)})
     raise UsageError(
         f"the vocabularies of {student.name} and {teacher.name} differ in {len(differing)} tokens "
@@ -678,11 +696,23 @@ class Prompt(NamedTuple):
 
 
 class Example(NamedTuple):
-    """What both models read. Each has its own template; the targets' ids are the same."""
+    """What both models read. Each has its own template.
+
+    Where they share a vocabulary the targets' ids are the same; where they do not, the text is.
+    """
 
     student: Tokens
     teacher: Tokens
     where: str
+
+
+class Answer(NamedTuple):
+    """What a teacher wrote, its end-of-turn token not in the text."""
+
+    text: str
+    finished: bool  # False: cut by the length limit
+    tokens: int  # that it took, the end-of-turn token included
+    ids: list[int] | None  # None where only text crosses, as from an API
 
 
 class Batch(NamedTuple):
@@ -968,13 +998,19 @@ def with_response(prompt_ids: list[int], response_ids: list[int]) -> Tokens:
 
 
 def encode_for_both(
-    conversations: list[Conversation], student: LanguageModel, teacher: LanguageModel, limit: int
+    conversations: list[Conversation],
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    limit: int,
 ) -> list[Prompt]:
-    """Prompts that leave either model room for an answer within `limit` tokens."""
+    """Prompts that leave either model room for an answer within `limit` tokens.
+
+    A teacher that is not here (None) encodes for itself: its ids are then the student's.
+    """
     ours = encode_prompts(student, conversations)
-    shared = (
+    shared = teacher is None or (
         student.tokenizer.chat_template == teacher.tokenizer.chat_template
-        and student.tokenizer.get_vocab() == teacher.tokenizer.get_vocab()
+        and same_vocabulary(student, teacher)
     )
     theirs = ours if shared else encode_prompts(teacher, conversations)
     prompts = [
@@ -997,6 +1033,7 @@ def dataset_examples(
     Each model reads its own template; a conversation that both render alike is encoded once.
     """
     examples, cut = [], 0
+    one_vocabulary = same_vocabulary(student, teacher)
     for conversation, ours, theirs in prompts:
         whole = [*conversation.messages, {"role": "assistant", "content": conversation.response}]
         try:
@@ -1005,23 +1042,52 @@ def dataset_examples(
         except UsageError as problem:
             raise UsageError(f"{conversation.where}: {problem}") from None
         answers = [[t.ids[i] for i in t.targets] for t in pair]
-        if answers[0] != answers[1]:
+        if one_vocabulary and answers[0] != answers[1]:
             raise UsageError(
                 f"{conversation.where}: the templates of the two models split the response "
-                "differently: use cross_tokenizer.py or --completions teacher"
+                "differently: use --completions teacher"
             )
-        example = _cut(*pair, conversation.where, max_length)
+        example = _cut(*pair, conversation.where, max_length, one_vocabulary)
         cut += len(example.student.targets) < len(answers[0])
         if example.student.targets:
             examples.append(example)
     return examples, cut
 
 
-def _cut(student: Tokens, teacher: Tokens, where: str, max_length: int) -> Example:
-    """Both sequences cut to fit, and to the same targets: a longer prompt leaves fewer."""
-    count = min(sum(i < max_length for i in t.targets) for t in (student, teacher))
-    ours, theirs = (Tokens(t.ids[:max_length], t.targets[:count]) for t in (student, teacher))
-    return Example(ours, theirs, where)
+def encode_answers(
+    model: LanguageModel, prompts: Sequence[Prompt], answers: Sequence[Answer]
+) -> list[Tokens]:
+    """The student's own tokens for answers that another tokenizer wrote.
+
+    An answer is tokenised in its place after the prompt, so that tokenizers which mark where
+    text begins (SentencePiece) mark it there. Where that would melt the prompt's last characters
+    and the answer's first into one token, the answer is tokenised by itself, because at
+    generation time the model has read exactly the prompt's own tokens.
+    """
+    rendered = [render(model.tokenizer, p.conversation.messages, prompt=True) for p in prompts]
+    texts = [before + a.text for before, a in zip(rendered, answers, strict=True)]
+    encode = functools.partial(model.tokenizer, add_special_tokens=False, verbose=False)
+    encoded = encode(texts)["input_ids"] if texts else []
+    found = []
+    for prompt, answer, ids in zip(prompts, answers, encoded, strict=True):
+        start = len(prompt.student)
+        response = ids[start:]
+        if ids[:start] != prompt.student or (answer.text and not response):
+            response = encode(answer.text)["input_ids"]
+        found.append(with_response(prompt.student, response + [model.end_id] * answer.finished))
+    return found
+
+
+def _cut(
+    student: Tokens, teacher: Tokens, where: str, max_length: int, same_targets: bool
+) -> Example:
+    """Both sequences cut to fit; same targets stay the same, as a longer prompt leaves fewer."""
+    pair = (student, teacher)
+    counts = [sum(i < max_length for i in t.targets) for t in pair]
+    if same_targets:
+        counts = [min(counts)] * 2
+    parts = [Tokens(t.ids[:max_length], t.targets[:n]) for t, n in zip(pair, counts, strict=True)]
+    return Example(*parts, where)
 
 
 def collate(examples: Sequence[Tokens], device: torch.device, pad_id: int = 0) -> Batch:
@@ -1088,7 +1154,7 @@ def teacher_responses(
     temperature: float,
     top_p: float = 1.0,
     purpose: str,
-) -> list[Response]:
+) -> list[Answer]:
     """The teacher's answers, written once and kept in `--cache-dir` for every later run.
 
     The file's name follows from the teacher's weights and tokenizer and from the settings; its
@@ -1128,14 +1194,14 @@ def teacher_responses(
         began, tokens, lines = time.perf_counter(), 0, []
         for done, (place, response) in enumerate(written, 1):
             i = mine[place]
-            known[keys[i]] = response
-            tokens += len(response.ids)
+            known[keys[i]] = answer = as_answer(teacher, response)
+            tokens += answer.tokens
             line = {
                 "key": keys[i],
                 "prompt": teacher.tokenizer.decode(prompts[i]),
-                "response": response_text(teacher, response),
-                "response_ids": response.ids,
-                "finish_reason": "stop" if response.finished else "length",
+                "response": answer.text,
+                "response_ids": answer.ids,
+                "finish_reason": "stop" if answer.finished else "length",
             }
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
             if len(lines) == args.generation_batch_size or done == len(mine):
@@ -1164,7 +1230,7 @@ def _append(path: Path, lines: list[str]) -> None:
         stream.writelines(lines)
 
 
-def _read_text_cache(path: Path) -> dict[str, Response]:
+def _read_text_cache(path: Path) -> dict[str, Answer]:
     """Whole lines of the cache file; an unfinished last one, left by a cut, is removed."""
     if not path.exists():
         return {}
@@ -1176,10 +1242,9 @@ def _read_text_cache(path: Path) -> dict[str, Response]:
     for number, line in enumerate(raw[:whole].split(b"\n")[:-1], 1):
         try:
             row = json.loads(line)
-            ids, reason = row["response_ids"], row["finish_reason"]
-            known[row["key"]] = Response(
-                [int(i) for i in ids], {"stop": True, "length": False}[reason]
-            )
+            ids = [int(i) for i in row["response_ids"]]
+            finished = {"stop": True, "length": False}[row["finish_reason"]]
+            known[row["key"]] = Answer(str(row["response"]), finished, len(ids), ids)
         except (ValueError, KeyError, TypeError):
             raise UsageError(
                 f"{path}:{number}: corrupt cache of teacher text; delete the file to write it again"
@@ -1223,18 +1288,12 @@ def make_examples(
 ) -> list[Example]:
     """The training examples that --completions asks for; says what was left out or cut."""
     if args.completions == "teacher":
-        ids = [p.teacher for p in prompts]
-        responses = teacher_responses(
-            teacher,
-            ids,
-            args,
-            accelerator,
-            temperature=args.sampling_temperature,
-            top_p=args.top_p,
-            purpose="training text",
-        )
-        examples = teacher_examples(prompts, responses, args.max_length)
-        cut = sum(not r.finished for r in responses)
+        answers = teacher_responses(
+            teacher, [p.teacher for p in prompts], args, accelerator,
+            temperature=args.sampling_temperature, top_p=args.top_p, purpose="training text",
+        )  # fmt: skip
+        examples = teacher_examples(prompts, answers, student, teacher, args.max_length)
+        cut = sum(not a.finished for a in answers)
     else:
         examples, cut = dataset_examples(prompts, student, teacher, args.max_length)
     tokens = sum(len(e.student.targets) for e in examples)
@@ -1247,20 +1306,30 @@ def make_examples(
 
 
 def teacher_examples(
-    prompts: list[Prompt], responses: list[Response], max_length: int
+    prompts: list[Prompt],
+    answers: Sequence[Answer],
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    max_length: int,
 ) -> list[Example]:
     """Examples on the teacher's text: its ids go to both models as they are.
 
-    A response cut here to fit into `max_length` loses its end token, as it should.
+    Where the vocabularies differ, or the teacher is not here (None), the text crosses instead,
+    and the student reads it in tokens of its own. A response cut here to fit into `max_length`
+    loses its end token, as it should.
     """
+    one_vocabulary = teacher is not None and same_vocabulary(student, teacher)
+    known = [[] if a.ids is None else a.ids for a in answers]
+    if one_vocabulary:
+        ours = [with_response(p.student, ids) for p, ids in zip(prompts, known, strict=True)]
+    else:
+        ours = encode_answers(student, prompts, answers)
+    theirs = ours
+    if teacher is not None:
+        theirs = [with_response(p.teacher, ids) for p, ids in zip(prompts, known, strict=True)]
     return [
-        _cut(
-            with_response(prompt.student, response.ids),
-            with_response(prompt.teacher, response.ids),
-            prompt.conversation.where,
-            max_length,
-        )
-        for prompt, response in zip(prompts, responses, strict=True)
+        _cut(mine, its, prompt.conversation.where, max_length, one_vocabulary)
+        for prompt, mine, its in zip(prompts, ours, theirs, strict=True)
     ]
 
 
@@ -1757,10 +1826,11 @@ def _generate_batch(
     return responses
 
 
-def response_text(model: LanguageModel, response: Response) -> str:
-    """What a person reads: the response without its end-of-turn token."""
+def as_answer(model: LanguageModel, response: Response) -> Answer:
+    """The response with the text that a person reads."""
     ids = response.ids[:-1] if response.finished else response.ids
-    return model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    text = model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return Answer(text, response.finished, len(response.ids), response.ids)
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -1781,52 +1851,66 @@ class Evaluator:
     """Scores students and their teacher on the same held-out prompts.
 
     On one fixed set of answers sampled from the teacher (temperature 1): `kl_to_teacher`
-    (KL(teacher ‖ student), nats per target token), `top1_agreement`, `nats_per_token`, and
-    `bits_per_byte` of the answers' text without end tokens. On greedy answers: `exact_match`,
-    `error_rate` (word edit distance to the nearest reference over that reference's words),
-    `response_tokens` and `cut_off`, the share that reached the length limit. Rows without a
-    reference are measured against the teacher's own greedy answer.
+    (KL(teacher ‖ student), nats per target token) and `top1_agreement` where both models have one
+    vocabulary, `nats_per_token` in each model's own tokens, and `bits_per_byte` of the answers'
+    text without end tokens. On greedy answers: `exact_match`, `error_rate` (word edit distance to
+    the nearest reference over that reference's words), `response_tokens` and `cut_off`, the share
+    that reached the length limit. Rows without a reference are measured against the teacher's own
+    greedy answer.
     """
 
     def __init__(
         self,
         prompts: list[Prompt],
-        teacher: LanguageModel,
+        student: LanguageModel,
+        teacher: LanguageModel | None,
         args: CommonArguments,
         accelerator: Accelerator,
+        write: Callable[..., list[Answer]] | None = None,
     ) -> None:
+        """Have the teacher answer the prompts, and score it.
+
+        `write(temperature=..., purpose=...)` gives the answers of a teacher that is not here;
+        `teacher` is then None and has no scores that need its distribution.
+        """
         self.args, self.accelerator = args, accelerator
-        ids = [p.teacher for p in prompts]
-        write = functools.partial(teacher_responses, teacher, ids, args, accelerator)
+        if write is None:
+            ids = [p.teacher for p in prompts]
+            write = functools.partial(teacher_responses, teacher, ids, args, accelerator)
         greedy = write(temperature=0.0, purpose="greedy answers to the evaluation prompts")
         samples = write(temperature=1.0, purpose="samples for the evaluation prompts")
         self.references = [
-            p.conversation.references or [response_text(teacher, answer)]
+            p.conversation.references or [answer.text]
             for p, answer in zip(prompts, greedy, strict=True)
         ]
         self.unreferenced = sum(not p.conversation.references for p in prompts)
         share = range(accelerator.process_index, len(prompts), accelerator.num_processes)
         self.prompts = {i: prompts[i].student for i in share}
-        examples = teacher_examples(prompts, samples, args.max_length)
+        examples = teacher_examples(prompts, samples, student, teacher, args.max_length)
         self.batches = length_batches({i: examples[i] for i in share})
-        self.text_tokens = [  # that fit into --max-length, without the end token
-            min(len(s.ids) - s.finished, len(e.student.targets))
-            for s, e in zip(samples, examples, strict=True)
-        ]
-        self.bytes = [
-            len(response_text(teacher, Response(s.ids[:n], False)).encode())
-            for s, n in zip(samples, self.text_tokens, strict=True)
-        ]
-        self.teacher_head = teacher.head()
-        states = TeacherStates(teacher, examples, args, accelerator, "evaluation text")
-        self.teacher_states = [states([e for _, e in batch]).cpu() for batch in self.batches]
-        rows = {i: self._answer_row(i, greedy[i], response_text(teacher, greedy[i])) for i in share}
-        for batch, states in zip(self.batches, self.teacher_states, strict=True):
-            targets = collate([e.teacher for _, e in batch], teacher.device).targets
-            with torch.no_grad():
-                logprobs = token_logprobs(states.to(teacher.device), self.teacher_head, targets)
-            self._add_likelihoods(rows, batch, logprobs)
+        self.comparable = teacher is not None and same_vocabulary(student, teacher)
+        # What ends an answer and is no text: the teacher's token where its ids are read.
+        ends = teacher.end_ids if self.comparable else student.end_ids
+        self.text = {i: _text_part(student, examples[i].student, ends) for i in share}
+        rows = {i: self._answer_row(i, greedy[i]) for i in share}
+        if teacher is not None:
+            self._read_with(teacher, examples, rows)
         self.teacher_rows = self._gathered(rows)
+
+    def _read_with(
+        self, teacher: LanguageModel, examples: list[Example], rows: dict[int, Row]
+    ) -> None:
+        """Keep the teacher's states at the targets; add its own likelihoods to its rows."""
+        self.teacher_head = teacher.head()
+        states = TeacherStates(teacher, examples, self.args, self.accelerator, "evaluation text")
+        self.teacher_states = [states([e for _, e in batch]).cpu() for batch in self.batches]
+        for batch, kept in zip(self.batches, self.teacher_states, strict=True):
+            sides = {i: example.teacher for i, example in batch}
+            targets = collate(list(sides.values()), teacher.device).targets
+            with torch.no_grad():
+                logprobs = token_logprobs(kept.to(teacher.device), self.teacher_head, targets)
+            text = {i: _text_part(teacher, side, teacher.end_ids) for i, side in sides.items()}
+            self._add_likelihoods(rows, sides, text, logprobs)
 
     def __call__(self, student: LanguageModel, show: int = 0) -> list[Row]:
         """One row of sums per evaluation prompt, on every process; prints `show` answers."""
@@ -1836,32 +1920,41 @@ class Evaluator:
             student, ids, [0] * len(ids), max_new_tokens=self.args.max_new_tokens,
             temperature=0.0, batch_size=self.args.generation_batch_size,
         )  # fmt: skip
-        for place, answer in answers:
-            i, text = list(self.prompts)[place], response_text(student, answer)
-            rows[i] = self._answer_row(i, answer, text)
+        for place, response in answers:
+            i, answer = list(self.prompts)[place], as_answer(student, response)
+            rows[i] = self._answer_row(i, answer)
             if i < show:
                 asked = student.tokenizer.decode(ids[place])
-                self.accelerator.print(f"  {asked!r}\n    {text!r}  (of {self.references[i]})")
+                said = f"{answer.text!r}  (of {self.references[i]})"
+                self.accelerator.print(f"  {asked!r}\n    {said}")
         training = student.model.training
         student.model.eval()
-        for batch, states in zip(self.batches, self.teacher_states, strict=True):
-            inputs = collate([e.student for _, e in batch], student.device)
-            with torch.no_grad():
-                compared = compare(
-                    student.states(inputs), student.head(),
-                    states.to(student.device), self.teacher_head, inputs.targets,
-                )  # fmt: skip
-            self._add_likelihoods(rows, batch, compared.student_logprob)
-            places = inputs.rows.cpu()
-            for name, values in (("kl", compared.kl), ("agree", compared.agreement)):
-                sums = torch.zeros(len(batch)).index_add_(0, places, values.float().cpu())
-                for (i, _), value in zip(batch, sums.tolist(), strict=True):
-                    rows[i][name] = value
+        for place in range(len(self.batches)):
+            self._add_batch(rows, student, place)
         student.model.train(training)
         return self._gathered(rows)
 
-    def _answer_row(self, i: int, answer: Response, text: str) -> Row:
-        words = text.split()
+    @torch.no_grad()
+    def _add_batch(self, rows: dict[int, Row], student: LanguageModel, place: int) -> None:
+        """What the student thinks of one batch of the teacher's samples."""
+        sides = {i: example.student for i, example in self.batches[place]}
+        inputs = collate(list(sides.values()), student.device)
+        states, head = student.states(inputs), student.head()
+        if not self.comparable:
+            logprobs = token_logprobs(states, head, inputs.targets)
+            self._add_likelihoods(rows, sides, self.text, logprobs)
+            return
+        theirs = self.teacher_states[place].to(student.device)
+        compared = compare(states, head, theirs, self.teacher_head, inputs.targets)
+        self._add_likelihoods(rows, sides, self.text, compared.student_logprob)
+        row_of = inputs.rows.cpu()
+        for name, values in (("kl", compared.kl), ("agree", compared.agreement)):
+            sums = torch.zeros(len(sides)).index_add_(0, row_of, values.float().cpu())
+            for i, value in zip(sides, sums.tolist(), strict=True):
+                rows[i][name] = value
+
+    def _answer_row(self, i: int, answer: Answer) -> Row:
+        words = answer.text.split()
         edits, length = min(
             (edit_distance(words, reference.split()), len(reference.split()))
             for reference in self.references[i]
@@ -1870,25 +1963,41 @@ class Evaluator:
             "exact": float(edits == 0),
             "edits": edits,
             "reference_words": length,
-            "response_tokens": len(answer.ids),
+            "response_tokens": answer.tokens,
             "cut_off": float(not answer.finished),
         }
 
     def _add_likelihoods(
-        self, rows: dict[int, Row], batch: list[tuple[int, Example]], logprobs: Tensor
+        self,
+        rows: dict[int, Row],
+        sides: dict[int, Tokens],
+        text: dict[int, tuple[int, int]],
+        logprobs: Tensor,
     ) -> None:
-        counts = [len(example.student.targets) for _, example in batch]
-        for (i, _), part in zip(batch, logprobs.float().cpu().split(counts), strict=True):
+        counts = [len(side.targets) for side in sides.values()]
+        for i, part in zip(sides, logprobs.float().cpu().split(counts), strict=True):
+            tokens, size = text[i]
             rows[i] |= {
                 "tokens": len(part),
                 "nats": -part.sum().item(),
-                "text_nats": -part[: self.text_tokens[i]].sum().item(),
-                "bytes": self.bytes[i],
+                "text_nats": -part[:tokens].sum().item(),
+                "bytes": size,
             }
 
     def _gathered(self, rows: dict[int, Row]) -> list[Row]:
         everything = dict(gather_object(list(rows.items())))
         return [everything[i] for i in sorted(everything)]
+
+
+def _text_part(model: LanguageModel, tokens: Tokens, ends: list[int]) -> tuple[int, int]:
+    """Tokens and UTF-8 bytes of a single answer's text, without its end-of-turn token."""
+    ids, targets = tokens
+    count = len(targets) - bool(targets and ids[targets[-1]] in ends)
+    if not count:
+        return 0, 0
+    decode = functools.partial(model.tokenizer.decode, clean_up_tokenization_spaces=False)
+    start = targets[0]  # with the prompt before it: some tokenizers strip what text begins with
+    return count, len(decode(ids[: start + count]).encode()) - len(decode(ids[:start]).encode())
 
 
 @torch.no_grad()
@@ -1930,9 +2039,10 @@ def scores(rows: list[Row]) -> Scores:
     if "kl" in rows[0]:
         found["kl_to_teacher"] = ratio("kl", "tokens")
         found["top1_agreement"] = ratio("agree", "tokens")
+    if "nats" in rows[0]:
+        found["nats_per_token"] = ratio("nats", "tokens")
+        found["bits_per_byte"] = ratio("text_nats", "bytes") / math.log(2)
     return found | {
-        "nats_per_token": ratio("nats", "tokens"),
-        "bits_per_byte": ratio("text_nats", "bytes") / math.log(2),
         "exact_match": sum(r["exact"] for r in rows) / len(rows),
         "error_rate": ratio("edits", "reference_words"),
         "response_tokens": sum(r["response_tokens"] for r in rows) / len(rows),

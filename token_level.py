@@ -89,7 +89,7 @@ def main(args: Arguments) -> None:
     evaluation = common.encode_for_both(held_out, student, teacher, args.max_length)
 
     examples = common.make_examples(train, prompts, student, teacher, args, accelerator)
-    evaluator = common.Evaluator(evaluation, teacher, args, accelerator)
+    evaluator = common.Evaluator(evaluation, student, teacher, args, accelerator)
     states = common.TeacherStates(teacher, examples, args, accelerator, "training text")
     run = common.Run("token_level", args, accelerator)
     before = run.before(evaluator, student)

@@ -109,6 +109,12 @@ def runs_of_targets(model: LanguageModel, tokens: Tokens) -> list[str]:
     return [model.tokenizer.decode(run) for run in runs]
 
 
+def as_answer(model: LanguageModel, text: str, end: int | None = None) -> common.Answer:
+    """The text as if that model had written it, with or without an end token."""
+    ids = common.tokenize(model.tokenizer, text).ids + ([] if end is None else [end])
+    return common.Answer(text, end is not None, len(ids), ids)
+
+
 # ---------------------------------------------------------------------------------------- masks
 
 
@@ -257,12 +263,50 @@ def test_text_of_both_kinds_of_completions():
     assert [e.where for e in examples] == ["x:1", "x:2"]
 
     end = model.tokenizer.eos_token_id
-    answers = [common.tokenize(model.tokenizer, t).ids for t in ("deux", long)]
-    responses = [common.Response([*ids, end], True) for ids in answers]
-    examples = common.teacher_examples(prompts, responses, 60)
+    answers = [as_answer(model, text, end) for text in ("deux", long)]
+    examples = common.teacher_examples(prompts, answers, model, model, 60)
     assert runs_of_targets(model, examples[0].student) == ["deux<|im_end|>"]
     assert examples[0].student.ids[: len(prompts[0].student)] == prompts[0].student
     assert runs_of_targets(model, examples[1].student) == [piece]
+
+
+def test_text_crosses_to_another_vocabulary(tokenizer):
+    """The student gets its own prompt, its own tokens of the same text and its own end token."""
+    teacher, student = as_model(tokenizer), as_model(byte_tokenizer(CHATML))
+    assert not common.same_vocabulary(student, teacher)
+    row = common.Conversation(talk("ask"), None, [], "x:1")
+    prompts = common.encode_for_both([row] * 3, student, teacher, 100)
+    end = tokenizer.eos_token_id
+    answers = [
+        as_answer(teacher, "N AA1 é", end),
+        as_answer(teacher, "N AA"),
+        as_answer(teacher, "", end),
+    ]
+    examples = common.teacher_examples(prompts, answers, student, teacher, 100)
+    assert runs_of_targets(student, examples[0].student) == ["N AA1 é<|im_end|>"]
+    assert runs_of_targets(student, examples[1].student) == ["N AA"]
+    assert runs_of_targets(student, examples[2].student) == ["<|im_end|>"]
+    for prompt, answer, example in zip(prompts, answers, examples, strict=True):
+        assert example.student.ids[: len(prompt.student)] == prompt.student
+        assert example.teacher == common.with_response(prompt.teacher, answer.ids)
+    alone = common.teacher_examples(prompts, answers, student, None, 100)
+    assert [e.student for e in alone] == [e.student for e in examples]
+    cut = common.teacher_examples(prompts, answers, student, teacher, len(prompts[0].student) + 4)
+    assert runs_of_targets(student, cut[0].student) == ["N AA"]
+
+
+def test_an_answer_does_not_melt_into_its_prompt():
+    """A prompt that ends with a space, an answer that begins with one: two tokens, as written."""
+    spaced = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant ")
+    student = as_model(byte_tokenizer(spaced))
+    prompts = common.encode_for_both(
+        [common.Conversation(talk("ask"), None, [], "x:1")], student, None, 100
+    )
+    assert student.tokenizer.decode(prompts[0].student).endswith(" ")
+    (tokens,) = common.encode_answers(student, prompts, [common.Answer(" yes", False, 4, None)])
+    assert tokens.ids[: len(prompts[0].student)] == prompts[0].student
+    assert runs_of_targets(student, tokens) == [" yes"]
+    assert len(tokens.targets) == 4
 
 
 def test_dataset_response_cut_to_nothing_is_left_out():
@@ -287,11 +331,7 @@ def test_each_model_reads_its_own_template():
     assert width > len(prompts[0].student)
     for examples in (
         common.dataset_examples(prompts, short, long, width + 3)[0],
-        common.teacher_examples(
-            prompts,
-            [common.Response(common.tokenize(short.tokenizer, "an answer").ids, False)],
-            width + 3,
-        ),
+        common.teacher_examples(prompts, [as_answer(short, "an answer")], short, long, width + 3),
     ):
         (example,) = examples
         assert runs_of_targets(short, example.student) == ["an "]

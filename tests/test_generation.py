@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import tiny_model
+from transformers import AutoTokenizer
 
 import common
 import token_level
@@ -98,7 +99,7 @@ def test_every_end_id_ends_a_response(tiny):
         assert [i in model.end_ids for i in response.ids[:-1]] == [False] * (len(response.ids) - 1)
         assert response.finished == (response.ids[-1] in model.end_ids)
         assert response.finished or len(response.ids) == 30
-        text = common.response_text(model, response)
+        text = common.as_answer(model, response).text
         shown = response.ids[:-1] if response.finished else response.ids
         assert text == model.tokenizer.decode(shown)
     model.end_ids = []
@@ -279,7 +280,9 @@ def arguments(tmp_path: Path, **changes: object) -> token_level.Arguments:
     return token_level.Arguments(**{**defaults, **changes})
 
 
-def answers(teacher, prompts, args, accelerator, temperature=1.0, **settings) -> list[Response]:
+def answers(
+    teacher, prompts, args, accelerator, temperature=1.0, **settings
+) -> list[common.Answer]:
     return common.teacher_responses(
         teacher, prompts, args, accelerator, temperature=temperature, purpose="test", **settings
     )
@@ -305,11 +308,11 @@ def test_teacher_text_is_written_once(tmp_path, tiny, accelerator, counted):
     expected = [
         {
             "prompt": teacher.tokenizer.decode(prompt),
-            "response": common.response_text(teacher, response),
-            "response_ids": response.ids,
-            "finish_reason": "stop" if response.finished else "length",
+            "response": common.as_answer(teacher, Response(answer.ids, answer.finished)).text,
+            "response_ids": answer.ids,
+            "finish_reason": "stop" if answer.finished else "length",
         }
-        for prompt, response in sorted(zip(prompts, first, strict=True), key=lambda p: len(p[0]))
+        for prompt, answer in sorted(zip(prompts, first, strict=True), key=lambda p: len(p[0]))
     ]
     assert [{k: v for k, v in line.items() if k != "key"} for line in lines] == expected
     assert len({line["key"] for line in lines}) == 8
@@ -391,7 +394,7 @@ def test_what_teacher_text_depends_on(tmp_path, tiny, accelerator, counted):
     ask(teacher=teacher, args=args, temperature=0.0, top_p=0.5)
     assert len(files(tmp_path)) == 7 and sum(counted) == 35
     teacher.end_ids = [first[0].ids[0]]
-    assert ask(teacher=teacher, args=args)[0] == Response(first[0].ids[:1], True)
+    assert ask(teacher=teacher, args=args)[0] == common.Answer("", True, 1, first[0].ids[:1])
     assert len(files(tmp_path)) == 8
 
 
@@ -450,7 +453,7 @@ def evaluated(
         Prompt(common.Conversation([], None, answers_, f"row {i}"), ids, ids)
         for i, (ids, answers_) in enumerate(zip(prompts, references, strict=True))
     ]
-    return common.Evaluator(rows, teacher, args, accelerator), rows
+    return common.Evaluator(rows, teacher, teacher, args, accelerator), rows
 
 
 def test_exact_match_and_error_rate(tmp_path, tiny, accelerator):
@@ -459,7 +462,7 @@ def test_exact_match_and_error_rate(tmp_path, tiny, accelerator):
     prompts = prompts_of(6, seed=5)
     student.end_ids = [*range(5, 30)]
     greedy = write(student, prompts, temperature=0.0, max_new_tokens=6)
-    texts = [common.response_text(student, r) for r in greedy]
+    texts = [common.as_answer(student, r).text for r in greedy]
     words = [text.split() for text in texts]
     references = [
         ["no relation at all", texts[0]],
@@ -474,7 +477,7 @@ def test_exact_match_and_error_rate(tmp_path, tiny, accelerator):
     assert evaluator.unreferenced == 1
     rows = evaluator(student)
     own = write(teacher, prompts, temperature=0.0, max_new_tokens=6)[5]
-    own_words = common.response_text(teacher, own).split()
+    own_words = common.as_answer(teacher, own).text.split()
     far = references[3][0].split()
     own_edits = common.edit_distance(words[5], own_words)
     edits = [0, 1, 2, common.edit_distance(words[3], far), 0, own_edits]
@@ -519,7 +522,9 @@ def test_likelihoods_against_plain_log_softmax(kind: str, tmp_path, tiny, accele
         sums["text"] -= picked[text].sum().item()
         sums["teacher"] -= theirs.gather(1, torch.tensor(sample.ids)[:, None]).sum().item()
         sums["tokens"] += len(sample.ids)
-        sums["bytes"] += len(student.tokenizer.decode(sample.ids[text]).encode())
+        whole = [prompt.teacher + sample.ids[text], prompt.teacher]  # halves of characters meet
+        sizes = [len(student.tokenizer.decode(ids).encode()) for ids in whole]
+        sums["bytes"] += sizes[0] - sizes[1]
     found = common.scores(evaluator(student))
     count = sums["tokens"]
     assert found["kl_to_teacher"] == pytest.approx(sums["kl"] / count, rel=1e-4)
@@ -530,6 +535,57 @@ def test_likelihoods_against_plain_log_softmax(kind: str, tmp_path, tiny, accele
     own = common.scores(evaluator.teacher_rows)
     assert own["nats_per_token"] == pytest.approx(sums["teacher"] / count, rel=1e-4)
     assert found["kl_to_teacher"] > 0.1
+
+
+def test_two_vocabularies_share_only_text(tmp_path, tiny, accelerator, tokenizer):
+    """No KL; nats per token are each model's own; bits per byte divide by the same bytes."""
+    teacher = tiny("llama", seed=2)
+    teacher.end_ids = [*range(5, 100)]
+    other = AutoTokenizer.from_pretrained(common.DATA / "student_other_tokenizer")
+    inner = tiny_model("llama", len(other.get_vocab()), 3)
+    student = LanguageModel("other", inner, other, torch.float32, lambda: "other")
+    student.end_ids = [other.eos_token_id]
+    talks = [common.Conversation([{"role": "user", "content": w}], None, ["x"], w) for w in "abcde"]
+    prompts = common.encode_for_both(talks, student, teacher, 64)
+    args = arguments(tmp_path)
+    evaluator = common.Evaluator(prompts, student, teacher, args, accelerator)
+    samples = answers(teacher, [p.teacher for p in prompts], args, accelerator)
+    examples = common.teacher_examples(prompts, samples, student, teacher, 64)
+    nats = text = tokens = size = 0.0
+    for sample, example in zip(samples, examples, strict=True):
+        ids, targets = example.student
+        with torch.no_grad():
+            logprobs = inner(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        picked = [-logprobs[i - 1, ids[i]].item() for i in targets]
+        nats += sum(picked)
+        text += sum(picked[: len(picked) - sample.finished])
+        tokens += len(picked)
+        size += len(sample.text.encode())
+    found, own = common.scores(evaluator(student)), common.scores(evaluator.teacher_rows)
+    assert "kl_to_teacher" not in found and "top1_agreement" not in found
+    assert found["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(text / size / math.log(2), rel=1e-4)
+    same = common.Evaluator(
+        common.encode_for_both(talks, teacher, teacher, 64), teacher, teacher, args, accelerator
+    )
+    assert own == pytest.approx(common.scores(same.teacher_rows))
+
+
+def test_a_teacher_that_only_writes(tmp_path, tiny, accelerator):
+    """From texts alone: references and greedy scores of the teacher, likelihoods of the student."""
+    student = tiny("llama", seed=1)
+    talks = [common.Conversation([{"role": "user", "content": w}], None, [], w) for w in "abc"]
+    prompts = common.encode_for_both(talks, student, None, 64)
+    said = [common.Answer(text, True, 7, None) for text in ("K AE1", "T", "")]
+    evaluator = common.Evaluator(
+        prompts, student, None, arguments(tmp_path), accelerator, write=lambda **_: said
+    )
+    own = common.scores(evaluator.teacher_rows)
+    assert own == {"exact_match": 1.0, "error_rate": 0.0, "response_tokens": 7.0, "cut_off": 0.0}
+    found = common.scores(evaluator(student))
+    assert "kl_to_teacher" not in found and found["bits_per_byte"] > 0
+    (tokens,) = {row["tokens"] for row in evaluator(student)[2:]}
+    assert tokens == 1  # the end token of an empty answer
 
 
 def test_answers_cut_to_max_length_count_only_what_was_read(tmp_path, tiny, accelerator):
