@@ -1318,18 +1318,31 @@ def teacher_examples(
     and the student reads it in tokens of its own. A response cut here to fit into `max_length`
     loses its end token, as it should.
     """
-    one_vocabulary = teacher is not None and same_vocabulary(student, teacher)
     known = [[] if a.ids is None else a.ids for a in answers]
-    if one_vocabulary:
-        ours = [with_response(p.student, ids) for p, ids in zip(prompts, known, strict=True)]
-    else:
-        ours = encode_answers(student, prompts, answers)
-    theirs = ours
+    if teacher is not None and same_vocabulary(student, teacher):
+        return id_examples(prompts, known, max_length)
+    theirs = ours = encode_answers(student, prompts, answers)
     if teacher is not None:
         theirs = [with_response(p.teacher, ids) for p, ids in zip(prompts, known, strict=True)]
     return [
-        _cut(mine, its, prompt.conversation.where, max_length, one_vocabulary)
+        _cut(mine, its, prompt.conversation.where, max_length, False)
         for prompt, mine, its in zip(prompts, ours, theirs, strict=True)
+    ]
+
+
+def id_examples(
+    prompts: Sequence[Prompt], responses: Sequence[list[int]], max_length: int
+) -> list[Example]:
+    """Examples on responses whose ids both models read as they are: they share a vocabulary."""
+    return [
+        _cut(
+            with_response(prompt.student, ids),
+            with_response(prompt.teacher, ids),
+            prompt.conversation.where,
+            max_length,
+            True,
+        )
+        for prompt, ids in zip(prompts, responses, strict=True)
     ]
 
 
@@ -2042,6 +2055,9 @@ def scores(rows: list[Row]) -> Scores:
     if "nats" in rows[0]:
         found["nats_per_token"] = ratio("nats", "tokens")
         found["bits_per_byte"] = ratio("text_nats", "bytes") / math.log(2)
+    if "own_kl" in rows[0]:
+        found["kl_on_own_text"] = ratio("own_kl", "own_tokens")
+        found["exposure_bias"] = found["kl_on_own_text"] / max(found["kl_to_teacher"], 1e-9)
     return found | {
         "exact_match": sum(r["exact"] for r in rows) / len(rows),
         "error_rate": ratio("edits", "reference_words"),
