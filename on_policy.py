@@ -226,13 +226,14 @@ class Rollouts:
                 for r in responses
             ]
             ids = [i for _, responses in self.waiting.values() for r in responses for i in r.ids]
-            tensors = {"rows": torch.tensor(rows).view(-1, 4), "ids": torch.tensor(ids)}
+            kept = {"rows": rows, "ids": ids}
+            tensors = {name: torch.tensor(v, dtype=torch.long) for name, v in kept.items()}
             save_file(tensors, Path(directory) / "rollouts.safetensors")
 
     def load(self, directory: str) -> None:
         tensors = load_file(Path(directory) / "rollouts.safetensors")
         self.waiting, ids = {}, iter(tensors["ids"].tolist())
-        for step, sampled_at, finished, length in tensors["rows"].tolist():
+        for step, sampled_at, finished, length in tensors["rows"].view(-1, 4).tolist():
             response = common.Response(list(itertools.islice(ids, length)), bool(finished))
             self.waiting.setdefault(step, (sampled_at, []))[1].append(response)
 
