@@ -32,7 +32,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -677,6 +677,7 @@ def first_line(problem: Exception) -> str:
 # -------------------------------------------------------------------------- chat data and masks
 
 Messages = list[dict[str, str]]
+Item = TypeVar("Item")
 
 # Llama 3.2's template prints today's date; with it nothing would be found in the cache tomorrow.
 FIXED_DATE = "26 Jul 2024"
@@ -1121,17 +1122,29 @@ def collate(examples: Sequence[Tokens], device: torch.device, pad_id: int = 0) -
 def micro_batches(
     examples: Sequence[Example], args: CommonArguments, step: int, accelerator: Accelerator
 ) -> tuple[list[list[Example]], int]:
-    """This process's share of the step's global batch, and the target tokens of the whole of it.
+    """This process's share of the step's global batch, and the target tokens of the whole of it."""
+    return share_out(global_batch(examples, args, step), args, accelerator)
 
-    The batch is a function of (seed, step). It is cut by length, so that micro-batches carry
-    little padding; every process gets equally many, the last of which may be empty.
-    """
-    chosen: list[Example] = []
+
+def global_batch(items: Sequence[Item], args: CommonArguments, step: int) -> list[Item]:
+    """What a step learns from: a function of (seed, step), each epoch in an order of its own."""
+    chosen = []
     for i in range(step * args.batch_size, (step + 1) * args.batch_size):
-        epoch, place = divmod(i, len(examples))
-        chosen.append(examples[_order(args.seed, epoch, len(examples))[place]])
+        epoch, place = divmod(i, len(items))
+        chosen.append(items[_order(args.seed, epoch, len(items))[place]])
+    return chosen
+
+
+def share_out(
+    chosen: list[Example], args: CommonArguments, accelerator: Accelerator
+) -> tuple[list[list[Example]], int]:
+    """This process's share of a global batch, and the target tokens of the whole of it.
+
+    The batch is cut by length, so that micro-batches carry little padding; every process gets
+    equally many, the last of which may be empty.
+    """
     tokens = sum(len(e.student.targets) for e in chosen)
-    chosen.sort(key=lambda e: len(e.student.ids))
+    chosen = sorted(chosen, key=lambda e: len(e.student.ids))
     share = math.ceil(len(chosen) / accelerator.num_processes)
     size = min(args.micro_batch_size or share, share)
     mine = chosen[accelerator.process_index :: accelerator.num_processes]
@@ -1319,18 +1332,31 @@ def teacher_examples(
     and the student reads it in tokens of its own. A response cut here to fit into `max_length`
     loses its end token, as it should.
     """
-    one_vocabulary = teacher is not None and same_vocabulary(student, teacher)
     known = [[] if a.ids is None else a.ids for a in answers]
-    if one_vocabulary:
-        ours = [with_response(p.student, ids) for p, ids in zip(prompts, known, strict=True)]
-    else:
-        ours = encode_answers(student, prompts, answers)
-    theirs = ours
+    if teacher is not None and same_vocabulary(student, teacher):
+        return id_examples(prompts, known, max_length)
+    theirs = ours = encode_answers(student, prompts, answers)
     if teacher is not None:
         theirs = [with_response(p.teacher, ids) for p, ids in zip(prompts, known, strict=True)]
     return [
-        _cut(mine, its, prompt.conversation.where, max_length, one_vocabulary)
+        _cut(mine, its, prompt.conversation.where, max_length, False)
         for prompt, mine, its in zip(prompts, ours, theirs, strict=True)
+    ]
+
+
+def id_examples(
+    prompts: Sequence[Prompt], responses: Sequence[list[int]], max_length: int
+) -> list[Example]:
+    """Examples on responses whose ids both models read as they are: they share a vocabulary."""
+    return [
+        _cut(
+            with_response(prompt.student, ids),
+            with_response(prompt.teacher, ids),
+            prompt.conversation.where,
+            max_length,
+            True,
+        )
+        for prompt, ids in zip(prompts, responses, strict=True)
     ]
 
 
@@ -2048,6 +2074,9 @@ def scores(rows: list[Row]) -> Scores:
     if "nats" in rows[0]:
         found["nats_per_token"] = ratio("nats", "tokens")
         found["bits_per_byte"] = ratio("text_nats", "bytes") / math.log(2)
+    if "own_kl" in rows[0]:
+        found["kl_on_own_text"] = ratio("own_kl", "own_tokens")
+        found["exposure_bias"] = found["kl_on_own_text"] / max(found["kl_to_teacher"], 1e-9)
     return found | {
         "exact_match": sum(r["exact"] for r in rows) / len(rows),
         "error_rate": ratio("edits", "reference_words"),
