@@ -49,6 +49,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    DynamicLayer,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -1786,76 +1787,192 @@ def generate(
     top_p: float = 1.0,
     batch_size: int = 256,
 ) -> Iterator[tuple[int, Response]]:
-    """Answers to `prompts` (ids), as (index, response), shortest prompts first.
+    """Answers to `prompts` (ids), as (index, response) in the order in which they are finished.
 
-    Nothing is taken from the model's generation_config but its end tokens.
+    Prompts are taken up shortest first, `batch_size` at a time; where half of the rows have
+    left, the next prompts take their places. Nothing is taken from the model's
+    generation_config but its end tokens.
     """
     if not prompts:
         return  # a teacher whose text is all known need not be loaded
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     training = model.model.training
     model.model.eval()  # also ends gradient checkpointing, which would switch the KV cache off
+    writer = _Writer(model, prompts, seeds, max_new_tokens, temperature, top_p)
     try:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            written = _generate_batch(
-                model, [prompts[i] for i in rows], [seeds[i] for i in rows],
-                max_new_tokens, temperature, top_p,
-            )  # fmt: skip
-            yield from zip(rows, written, strict=True)
+        while waiting or writer.rows:
+            free = batch_size - len(writer.rows)
+            if waiting and (not writer.rows or (2 * free >= batch_size and writer.can_join)):
+                writer.take_up(waiting[:free])
+                waiting = waiting[free:]
+            yield from writer.write()
     finally:
         model.model.train(training)
 
 
-@torch.inference_mode()
-def _generate_batch(
-    model: LanguageModel,
-    prompts: list[list[int]],
-    seeds: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-) -> list[Response]:
-    device, width = model.device, max(map(len, prompts))
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])  # (B, T)
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask, ids = mask.to(device), ids.to(device)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    draws = uniforms(seeds, max_new_tokens)
-    draws = draws.to(device, torch.float32 if device.type == "mps" else torch.float64)
-    ends = torch.tensor(model.end_ids, device=device)
-    head = model.head().ready(model.compute_dtype, device)
-    cache = DynamicCache(config=model.model.config)
-    longest = model.max_positions or width + max_new_tokens
-    room = torch.tensor([longest - len(p) for p in prompts], device=device).clamp_max(
-        max_new_tokens
-    )
-    looks = 1 if device.type == "cpu" else 8  # at who has finished; each look waits for the device
-    out = torch.full((len(prompts), max_new_tokens), -1, device=device)
-    alive = torch.arange(len(prompts), device=device)  # rows of `out` still being written
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for step in range(max_new_tokens):
-        states = model.backbone(
-            input_ids=ids, attention_mask=mask, position_ids=positions,
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room behind them, so that a new token does not copy all before it."""
+
+    step = 64  # tokens by which the room grows
+    rooms: tuple[Tensor, Tensor] | None = None  # (B, heads, room, d) each
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        length = self.get_seq_length()
+        total = length + key_states.shape[-2]
+        if self.rooms is None or total > self.rooms[0].shape[-2]:
+            key_states, value_states = super().update(key_states, value_states)
+            length = 0
+            self.rooms = tuple(
+                t.new_empty((*t.shape[:-2], total + self.step, t.shape[-1]))
+                for t in (key_states, value_states)
+            )
+        for room, new in zip(self.rooms, (key_states, value_states), strict=True):
+            room[..., length:total, :] = new
+        self.keys, self.values = (room[..., :total, :] for room in self.rooms)
+        return self.keys, self.values
+
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values, self.rooms = keys, values, None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.replace(self.keys[indices], self.values[indices])
+
+
+class _Writer:
+    """Rows being written side by side, aligned at their last token, padded on the left.
+
+    Rows that are finished leave and others may join: keys know their own positions, so that it
+    does not matter in which column of the cache they stand.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+    ) -> None:
+        self.model, self.prompts, self.seeds = model, prompts, seeds
+        self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
+        self.device = model.device
+        self.longest = model.max_positions or sys.maxsize
+        # Each look at who has finished waits for the device; until then rows write on.
+        self.looks = 1 if self.device.type == "cpu" else 8
+        self.head = model.head().ready(model.compute_dtype, self.device)
+        self.ends = torch.tensor(model.end_ids, device=self.device)
+        self.rows: list[int] = []  # places in `prompts`, in the order of the state's rows
+        self.state: dict[str, Tensor] = {}
+        self.cache = DynamicCache()
+
+    @property
+    def can_join(self) -> bool:
+        """Whether every layer keeps all that it was given, column by column."""
+        return all(type(layer) is _RoomyLayer for layer in self.cache.layers)
+
+    @torch.inference_mode()
+    def take_up(self, rows: list[int]) -> None:
+        """Read the prompts of new rows and write a first token for each."""
+        chosen = [self.prompts[i] for i in rows]
+        width, columns = max(map(len, chosen)), self.max_new_tokens + self.looks
+        left = [width - len(p) for p in chosen]
+        ids = torch.tensor([[0] * n + p for n, p in zip(left, chosen, strict=True)])
+        limits = [min(self.max_new_tokens, self.longest - len(p)) for p in chosen]
+        draws = uniforms([self.seeds[i] for i in rows], columns)
+        state = {
+            "mask": (torch.arange(width) >= torch.tensor(left)[:, None]).long(),  # (B, T)
+            "position": torch.tensor([[len(p) - 1] for p in chosen]),  # of the last token read
+            "limit": torch.tensor(limits),
+            "written": torch.zeros(len(rows), dtype=torch.long),
+            "ended": torch.zeros(len(rows), dtype=torch.bool),
+            "out": torch.full((len(rows), columns), -1),
+            "draws": draws.to(torch.float32 if self.device.type == "mps" else torch.float64),
+        }
+        state = {name: t.to(self.device) for name, t in state.items()}
+        cache = DynamicCache(config=self.model.model.config)
+        cache.layers = [_RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
+        positions = (state["mask"].cumsum(-1) - 1).clamp_min(0)
+        self._advance(state, cache, ids.to(self.device), positions)
+        if self.rows:
+            state, cache = self._joined(state, cache)
+        self.rows, self.state, self.cache = self.rows + rows, state, cache
+
+    def _advance(
+        self, state: dict[str, Tensor], cache: DynamicCache, ids: Tensor, positions: Tensor
+    ) -> None:
+        """Read `ids` (B, t) and write one more token in every row."""
+        states = self.model.backbone(
+            input_ids=ids, attention_mask=state["mask"], position_ids=positions,
             past_key_values=cache, use_cache=True,
         ).last_hidden_state[:, -1]  # fmt: skip
-        tokens = sample(head.logits(states), draws[alive, step], temperature, top_p)
-        out[alive, step] = tokens
-        ended |= torch.isin(tokens, ends) | (step + 1 >= room[alive])
-        ids, positions = tokens[:, None], (positions[:, -1:] + 1).clamp_max(longest - 1)
-        if (step + 1) % looks == 0 and bool(ended.any()):
-            stay = (~ended).nonzero()[:, 0]
-            if len(stay) == 0:
-                break
-            cache.batch_select_indices(stay)
-            alive, ended = alive[stay], ended[stay]
-            ids, positions, mask = ids[stay], positions[stay], mask[stay]
-        mask = F.pad(mask, (0, 1), value=1)
-    responses = []
-    for row, length in zip(out.tolist(), room.tolist(), strict=True):
-        stop = next((i for i, token in enumerate(row[:length]) if token in model.end_ids), None)
-        responses.append(Response(row[: length if stop is None else stop + 1], stop is not None))
-    return responses
+        place = state["written"][:, None]
+        draws = state["draws"].gather(1, place)[:, 0]
+        tokens = sample(self.head.logits(states), draws, self.temperature, self.top_p)
+        state["out"].scatter_(1, place, tokens[:, None])
+        state["written"] = state["written"] + 1
+        state["last"] = tokens
+        over = state["written"] >= state["limit"]
+        state["ended"] = state["ended"] | torch.isin(tokens, self.ends) | over
+
+    def _joined(
+        self, state: dict[str, Tensor], cache: DynamicCache
+    ) -> tuple[dict[str, Tensor], DynamicCache]:
+        """The rows here and new ones below, without leading columns that are padding in all."""
+        masks = [self.state["mask"], state["mask"]]
+        width = max(mask.shape[1] for mask in masks)
+        pads = [width - mask.shape[1] for mask in masks]
+        mask = torch.cat([F.pad(m, (n, 0)) for m, n in zip(masks, pads, strict=True)])
+        first = int(mask.amax(0).argmax())
+        for old, new in zip(self.cache.layers, cache.layers, strict=True):
+            both = [
+                torch.cat(
+                    [
+                        F.pad(t, (0, 0, n, 0))[..., first:, :]
+                        for t, n in zip(pair, pads, strict=True)
+                    ]
+                )
+                for pair in ((old.keys, new.keys), (old.values, new.values))
+            ]
+            old.replace(*both)
+        merged = {
+            name: torch.cat([self.state[name], new])
+            for name, new in state.items()
+            if name != "mask"
+        }
+        return merged | {"mask": mask[:, first:]}, self.cache
+
+    @torch.inference_mode()
+    def write(self) -> list[tuple[int, Response]]:
+        """Let finished rows leave, and write on in the others until it is time to look again."""
+        left = self._leave()
+        for _ in range(self.looks if self.rows else 0):
+            state = self.state
+            state["mask"] = F.pad(state["mask"], (0, 1), value=1)
+            state["position"] = (state["position"] + 1).clamp_max(self.longest - 1)
+            self._advance(state, self.cache, state["last"][:, None], state["position"])
+        return left
+
+    def _leave(self) -> list[tuple[int, Response]]:
+        stay = (~self.state["ended"]).nonzero()[:, 0]
+        if len(stay) == len(self.rows):
+            return []
+        gone = self.state["ended"].nonzero()[:, 0]
+        responses = []
+        written = self.state["out"][gone].tolist(), self.state["limit"][gone].tolist()
+        for i, row, length in zip(gone.tolist(), *written, strict=True):
+            stop = next(
+                (k for k, token in enumerate(row[:length]) if token in self.model.end_ids), None
+            )
+            ids = row[: length if stop is None else stop + 1]
+            responses.append((self.rows[i], Response(ids, stop is not None)))
+        self.rows = [self.rows[i] for i in stay.tolist()]
+        if self.rows:
+            self.state = {name: t[stay] for name, t in self.state.items()}
+            self.cache.batch_select_indices(stay)
+        return responses
 
 
 def as_answer(model: LanguageModel, response: Response) -> Answer:
