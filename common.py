@@ -1789,7 +1789,7 @@ def generate(
 ) -> Iterator[tuple[int, Response]]:
     """Answers to `prompts` (ids), as (index, response) in the order in which they are finished.
 
-    Prompts are taken up shortest first, `batch_size` at a time; where half of the rows have
+    Prompts are taken up shortest first, `batch_size` at a time; where a quarter of the rows have
     left, the next prompts take their places. Nothing is taken from the model's
     generation_config but its end tokens.
     """
@@ -1802,7 +1802,7 @@ def generate(
     try:
         while waiting or writer.rows:
             free = batch_size - len(writer.rows)
-            if waiting and (not writer.rows or (2 * free >= batch_size and writer.can_join)):
+            if waiting and (not writer.rows or (4 * free >= batch_size and writer.can_join)):
                 writer.take_up(waiting[:free])
                 waiting = waiting[free:]
             yield from writer.write()
