@@ -225,6 +225,10 @@ def launch(main: Callable[[Any], None], kind: type[CommonArguments], description
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    # Not inside `main`: where DDP's reducer is the last to let go of the group, it waits for the
+    # group's thread while holding the interpreter's lock, for which that thread may be waiting.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def changed_flags(args: CommonArguments) -> dict[str, Any]:
@@ -253,6 +257,14 @@ class Head(NamedTuple):
     bias: Tensor | None  # (V,)
     scale: float = 1.0
     softcap: float | None = None
+
+    def ready(self, dtype: torch.dtype, device: torch.device) -> Head:
+        """Weights as `project` wants them beside states of `dtype`, converted once and for all."""
+        if device.type != "cuda":  # there it multiplies in float32 at least
+            dtype = torch.promote_types(
+                torch.promote_types(dtype, self.weight.dtype), torch.float32
+            )
+        return self._replace(weight=self.weight.to(dtype))
 
     def logits(self, states: Tensor) -> Tensor:
         """States (n, d) to logits (n, V), in float32 at least: see `project`."""
@@ -546,7 +558,9 @@ def load_pair(args: CommonArguments, device: torch.device) -> tuple[LanguageMode
     if args.lora_rank:
         add_adapters(student, args.lora_rank)
     if args.gradient_checkpointing:
-        student.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if not student.model.supports_gradient_checkpointing:
+            raise UsageError(f"--gradient-checkpointing: {student.name} does not support it")
+        student.model.activation_checkpointing_enable()
     return student, teacher
 
 
@@ -1580,8 +1594,9 @@ class _ChunkedLoss(torch.autograd.Function):
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wide = torch.promote_types(states.dtype, torch.float32)
         sums = torch.zeros(2, dtype=wide, device=states.device)  # divergence, cross-entropy
-        # Float32 master weights are rounded to the product's dtype once, not per chunk.
-        student = student._replace(weight=weight.detach().to(states.dtype), bias=bias)
+        student = student._replace(weight=weight, bias=bias).ready(states.dtype, states.device)
+        if teacher is not None:
+            teacher = teacher.ready(teacher_states.dtype, states.device)
         grad_states = torch.empty_like(states) if wants_states else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None
@@ -1674,6 +1689,7 @@ def token_logprobs(states: Tensor, head: Head, targets: Tensor) -> Tensor:
         logprobs = log_softmax_with_temperature(head.logits(states))
         return logprobs.gather(1, targets[:, None])[:, 0]
 
+    head = head.ready(states.dtype, states.device)
     rows = chunk_rows(head.weight.shape[0], states.device)
     with torch.autocast(states.device.type, enabled=False):
         chunks = [
@@ -1698,6 +1714,8 @@ def compare(
 ) -> Comparison:
     """What evaluation needs of two models' distributions, chunk by chunk."""
     pieces = []
+    student = student.ready(student_states.dtype, student_states.device)
+    teacher = teacher.ready(teacher_states.dtype, student_states.device)
     rows = chunk_rows(student.weight.shape[0], student_states.device)
     for start in range(0, len(targets), rows):
         piece = slice(start, start + rows)
@@ -1806,7 +1824,8 @@ def _generate_batch(
     draws = uniforms(seeds, max_new_tokens)
     draws = draws.to(device, torch.float32 if device.type == "mps" else torch.float64)
     ends = torch.tensor(model.end_ids, device=device)
-    head, cache = model.head(), DynamicCache(config=model.model.config)
+    head = model.head().ready(model.compute_dtype, device)
+    cache = DynamicCache(config=model.model.config)
     longest = model.max_positions or width + max_new_tokens
     room = torch.tensor([longest - len(p) for p in prompts], device=device).clamp_max(
         max_new_tokens
@@ -2466,7 +2485,6 @@ class Run:
         if self.accelerator.num_processes > 1:
             # A process that just exits can abort those that still talk to it.
             self.accelerator.wait_for_everyone()
-            torch.distributed.destroy_process_group()
 
     def _write_results(
         self,

@@ -132,7 +132,7 @@ def test_training_state_is_kept(tiny):
     model, prompts = tiny("llama", attention_dropout=0.5), prompts_of(6)
     expected = write(model, prompts)
     model.model.train()
-    model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.model.activation_checkpointing_enable()
     assert write(model, prompts) == expected
     assert model.model.training and model.model.model.layers[0].training
     assert model.model.model.layers[0].gradient_checkpointing

@@ -1,0 +1,363 @@
+"""Two tokenizers on one text: bytes of tokens, pairs, spans, and what they are when compared."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import common
+import cross_tokenizer
+from cross_tokenizer import END, align, token_bytes, turns
+
+MODELS = Path(os.environ.get("DISTIL_REAL_MODELS", "nowhere"))
+TEXTS = [
+    "N AA1 L AH0 JH",
+    "the theory of there, therefore thereof",
+    "In 2024, 1234567890 and 3.14159 are numbers; 007 is not.",
+    "trailing spaces   ",
+    "  leading,\ttabs\t\tand\n\nlines\r\n",
+    "Straße, naïve café, e\u0301 and \u00e9, Å A\u030a",
+    "שלום עולם, مرحبا بالعالم \u200fmixed\u200e text",
+    "हिन्दी क्षत्रिय ไทยไม่มีช่องว่าง",
+    "日本語のテキスト、한국어와 中文混排",
+    "👋🏽 👨‍👩‍👧‍👦 🏳️‍🌈 🇩🇪🇫🇷 e⃣",
+    "Z̸͑a̷͝l̶̈́g̵̐o̴̊ \U0001d573\U0001d59a\U0001d591\U0001d591\U0001d594",
+    "def f(x):\n    return x ** 2  # squares",
+    "\u00a0no-break\u2003em\u3000wide\ufeff",
+    "a",
+    "",
+]
+SPECIAL = ["<pad>", "<s>", "<unk>", "<user>", "<done>"]
+
+
+def byte_level(size: int, special: list[str], texts: Sequence[str] = TEXTS) -> Tokenizer:
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator([*texts] * 3, trainer)
+    return raw
+
+
+def sentencepiece(size: int, special: list[str]) -> Tokenizer:
+    """As Llama 2's: ▁ for spaces and before the text, bytes for what is not in the vocabulary."""
+    raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    strip = decoders.Strip(content=" ", left=1, right=0)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    raw.decoder = decoders.Sequence(steps)
+    special = special + [f"<0x{b:02X}>" for b in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size + 256, special_tokens=special, limit_alphabet=60, show_progress=False
+    )
+    raw.train_from_iterator(TEXTS * 3, trainer)
+    # Only the names of the bytes are special to the trainer.
+    state = common.json.loads(raw.to_str())
+    state["added_tokens"] = [t for t in state["added_tokens"] if not t["content"].startswith("<0x")]
+    return Tokenizer.from_str(common.json.dumps(state))
+
+
+def characters(size: int, special: list[str]) -> Tokenizer:
+    raw = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    raw.decoder = decoders.Fuse()
+    trainer = trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
+    raw.train_from_iterator(TEXTS, trainer)
+    return raw
+
+
+KINDS: dict[str, Callable[[int, list[str]], Tokenizer]] = {
+    "byte-level": byte_level, "sentencepiece": sentencepiece, "characters": characters,
+}  # fmt: skip
+TEMPLATE = (
+    "{{ '<s>' if BOS }}{% for m in messages %}{{ '<user>' if m.role == 'user' else 'BOT' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<done>' }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}{{ 'BOT' if add_generation_prompt }}"
+)
+
+
+def wrapped(raw: Tokenizer, bos: bool, end: str) -> SimpleNamespace:
+    """What a `LanguageModel` is to the alignment."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=end, bos_token="<s>")
+    template = TEMPLATE.replace("BOS", str(bos).lower()).replace("<done>", end)
+    tokenizer.chat_template = template.replace("BOT", "A: " if bos else "\nassistant\n")
+    end_ids = [tokenizer.convert_tokens_to_ids(end)]
+    return SimpleNamespace(
+        tokenizer=tokenizer, name=f"a {end} model", end_ids=end_ids, end_id=end_ids[0],
+        vocabulary=max(tokenizer.get_vocab().values()) + 1, device=torch.device("cpu"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sides() -> dict[str, SimpleNamespace]:
+    """The three kinds; each of two sizes, with its own end token, the second with a BOS."""
+    return {
+        f"{kind} {size}": wrapped(make(size, [*SPECIAL, end]), size > 400, end)
+        for kind, make in KINDS.items()
+        for size, end in ((300, "<done>"), (500, "<|im_end|>"))
+    }
+
+
+PAIRS = [
+    ("byte-level 300", "byte-level 500"),
+    ("byte-level 500", "byte-level 300"),
+    ("byte-level 300", "sentencepiece 500"),
+    ("sentencepiece 300", "byte-level 500"),
+    ("byte-level 500", "characters 300"),
+    ("characters 500", "byte-level 300"),
+    ("sentencepiece 500", "characters 300"),
+]
+
+
+def encoded(model: SimpleNamespace, text: str, end: bool = True) -> common.Tokens:
+    prompt = common.encode_prompts(model, [conversation("ask 1")])[0]
+    answer = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return common.with_response(prompt, answer + model.end_ids * end)
+
+
+def conversation(*turns: str) -> common.Conversation:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]
+    response = messages.pop()["content"] if len(turns) % 2 == 0 else None
+    return common.Conversation(messages, response, [], "here")
+
+
+def example(student: SimpleNamespace, teacher: SimpleNamespace, text: str) -> common.Example:
+    return common.Example(encoded(student, text), encoded(teacher, text), "here")
+
+
+def brute_force(ours: list[int], theirs: list[int]) -> list[tuple[int, int]]:
+    """For every byte where a token of either begins, the tokens that hold that byte."""
+    places = sorted({0, *ours[:-1], *theirs[:-1]})
+
+    def holding(ends: Iterable[int], place: int) -> int:
+        return next(i for i, end in enumerate(ends) if end > place)
+
+    return [(holding(ours, p), holding(theirs, p)) for p in places]
+
+
+def test_align_is_what_its_definition_says():
+    chance = random.Random(0)
+    for _ in range(300):
+        length = chance.randrange(1, 40)
+        cuts = [sorted({*chance.choices(range(1, length + 1), k=8), length}) for _ in range(2)]
+        pairs = align(*cuts)
+        assert pairs == brute_force(*cuts)
+        assert len(pairs) < len(cuts[0]) + len(cuts[1])
+        for side, ends in enumerate(cuts):
+            assert [*dict.fromkeys(p[side] for p in pairs)] == list(range(len(ends)))
+    assert align([3, 5, 9], [3, 5, 9]) == [(0, 0), (1, 1), (2, 2)]
+    assert align([2, 9], [1, 2, 5, 9]) == [(0, 0), (0, 1), (1, 2), (1, 3)]
+    assert align([], [1]) == []
+
+
+@pytest.mark.parametrize("name", ["byte-level 500", "sentencepiece 500", "characters 500"])
+def test_tokens_stand_for_the_bytes_of_their_text(sides, name):
+    model = sides[name]
+    spelled = token_bytes(model)
+    for text in TEXTS:
+        joined = b"".join(
+            spelled[i] for i in encoded(model, text).ids if not spelled[i].startswith(END)
+        )
+        before = b"".join(
+            spelled[i] for i in encoded(model, "").ids if not spelled[i].startswith(END)
+        )
+        found = joined.removeprefix(before)
+        assert found.removeprefix(b" ") == text.encode().removeprefix(b" ")
+    special = [model.tokenizer.convert_tokens_to_ids(t) for t in SPECIAL[:2]]
+    assert [spelled[i] for i in special] == [END + b"<pad>", END + b"<s>"]
+    assert spelled[model.end_id] == END
+
+
+def assert_covers(example: common.Example, student: list[bytes], teacher: list[bytes]) -> None:
+    """One turn, every token of both sides once in a span, and equal bytes in each span."""
+    (turn,) = turns(example, student, teacher)
+    for side, pieces in enumerate(turn.pieces):
+        seen = [*dict.fromkeys(pair[side] for pair in turn.pairs())]
+        assert seen == list(range(len(pieces)))
+    spans = turn.spans()
+    assert spans[0] == (0, 0)
+    ends = [*spans[1:], (len(turn.pieces[0]), len(turn.pieces[1]))]
+    for (a, b), (c, d) in zip(spans, ends, strict=True):
+        ours, theirs = b"".join(turn.pieces[0][a:c]), b"".join(turn.pieces[1][b:d])
+        assert (ours == theirs) if a else (ours.lstrip(b" ") == theirs.lstrip(b" "))
+    finished = turn.pieces[0][-1] == END
+    assert finished == (turn.pieces[1][-1] == END)
+    assert not finished or spans[-1] == (len(turn.pieces[0]) - 1, len(turn.pieces[1]) - 1)
+
+
+@pytest.mark.parametrize(("student", "teacher"), PAIRS)
+def test_spans_cover_both_sides_with_equal_text(sides, student, teacher):
+    """Other templates, a BOS on one side, other end tokens: none of it shifts the answer."""
+    ours, theirs = sides[student], sides[teacher]
+    spelled = token_bytes(ours), token_bytes(theirs)
+    for text in TEXTS:
+        assert_covers(example(ours, theirs, text), *spelled)
+
+
+def test_random_unicode(sides):
+    """Any characters at all, through bytes and through byte fallback."""
+    chance = random.Random(1)
+    ranges = [(32, 127), (0x300, 0x370), (0x590, 0x6FF), (0x4E00, 0x4F00), (0x1F300, 0x1FAFF)]
+    ours, theirs = sides["byte-level 300"], sides["sentencepiece 500"]
+    spelled = token_bytes(ours), token_bytes(theirs)
+    for _ in range(100):
+        letters = [chr(chance.randrange(*chance.choice(ranges))) for _ in range(30)]
+        assert_covers(example(ours, theirs, "x" + "".join(letters)), *spelled)
+
+
+def test_cut_responses_have_no_end_on_either_side(sides):
+    """Cut inside a character on one side: what both have read is compared, and no more."""
+    ours, theirs = sides["byte-level 300"], sides["sentencepiece 500"]
+    spelled = token_bytes(ours), token_bytes(theirs)
+    pair = [encoded(m, "the theory 👋🏽", end=False) for m in (ours, theirs)]
+    assert_covers(common.Example(*pair, ""), *spelled)
+    whole = encoded(theirs, "the theory 👋🏽")
+    cut = common.Tokens(whole.ids[:-3], whole.targets[:-3])  # <end> and two bytes of the skin tone
+    text = theirs.tokenizer.decode([cut.ids[p] for p in cut.targets])
+    assert text.endswith("\ufffd")
+    (turn,) = turns(common.Example(encoded(ours, text, end=False), cut, ""), *spelled)
+    read = [max(turn.begins[0][i], turn.begins[1][j]) for i, j in turn.pairs()]
+    known = "the theory 👋".encode()
+    assert len(known) <= turn.same < len("the theory 👋🏽".encode())
+    assert read == sorted(read) and known[: read[-1]] > b"the theory "
+
+
+def test_different_texts_are_compared_as_far_as_they_agree(sides):
+    ours = sides["byte-level 300"]
+    spelled = token_bytes(ours)
+    pair = common.Example(encoded(ours, "AA1 QQ"), encoded(ours, "AA1 XX"), "")
+    (turn,) = turns(pair, spelled, spelled)
+    assert turn.same == 4
+    assert turn.pairs()[-1][0] == turn.pairs()[-1][1] < len(turn.pieces[0]) - 1
+
+
+def test_several_turns(sides):
+    """--completions dataset: every assistant turn, each aligned by itself; one cut short."""
+    ours, theirs = sides["byte-level 300"], sides["sentencepiece 500"]
+    spelled = token_bytes(ours), token_bytes(theirs)
+    talk = [conversation("What is 12?", "It is 3 * 4.", "And 🇩🇪?", "Germany, wirklich!")]
+    prompts = common.encode_for_both(talk, ours, theirs, 500)
+    (whole,), _ = common.dataset_examples(prompts, ours, theirs, 500)
+    found = turns(whole, *spelled)
+    texts = [b"".join(p).strip() for turn in found for p in turn.pieces]
+    first, second = b"It is 3 * 4." + END, b"Germany, wirklich!" + END
+    assert texts == [first, first, second, second]
+    assert [t.same for t in found] == [len(first), len(second)]
+    student, teacher, _ = whole
+    assert student.ids[student.targets[found[1].first[0]]] == found_id(ours, found[1].pieces[0][0])
+    cut = whole._replace(teacher=teacher._replace(targets=teacher.targets[: found[1].first[1] + 2]))
+    again = turns(cut, *spelled)
+    assert again[0] == found[0] and len(again[1].pieces[1]) == 2
+    assert again[1].pairs() == [p for p in found[1].pairs() if p[1] < 2]
+
+
+def found_id(model: SimpleNamespace, piece: bytes) -> int:
+    return token_bytes(model).index(piece)
+
+
+@pytest.mark.parametrize("name", ["byte-level 500", "sentencepiece 500", "characters 300"])
+def test_one_tokenizer_is_token_level(sides, name):
+    """Target i against target i, all of them, and nothing inside a token."""
+    model = sides[name]
+    examples = [example(model, model, text) for text in TEXTS if text]
+    objective = cross_tokenizer.Objective("hybrid", 2, 1.0, 0.0)
+    alignments = cross_tokenizer.Alignments(examples, model, model, objective)
+    for e in examples:
+        own = torch.arange(len(e.student.targets), dtype=torch.int32)
+        assert torch.equal(alignments.pairs[id(e)][:, :2], own[:, None].expand(-1, 2))
+        assert not alignments.pairs[id(e)][:, 2:].any()
+    numbers = alignments.report()
+    assert set(numbers.values()) == {1.0}
+
+
+def test_bytes_that_cannot_be_known(sides):
+    raw = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    raw.decoder = decoders.WordPiece()
+    with pytest.raises(common.UsageError, match=r"a \[UNK\] model.*decodes by WordPiece"):
+        token_bytes(wrapped(raw, False, "[UNK]"))
+    raw.decoder = None
+    with pytest.raises(common.UsageError, match="decodes by nothing"):
+        token_bytes(wrapped(raw, False, "[UNK]"))
+    upper = byte_level(300, [*SPECIAL, "<done>"])
+    upper.normalizer = normalizers.Replace(Regex("[\\s\\S]"), "#")  # gives no text back
+    pair = (wrapped(upper, False, "<done>"), sides["byte-level 300"])
+    objective = cross_tokenizer.Objective("hybrid", 2, 1.0, 0.0)
+    with pytest.raises(common.UsageError, match="do not give the same text back"):
+        cross_tokenizer.Alignments([example(*pair, "abc")], *pair, objective)
+
+
+@pytest.mark.parametrize(("student", "teacher"), PAIRS[:1] + PAIRS[5:6])
+def test_what_is_compared_is_what_the_text_shows(sides, student, teacher):
+    """A pair's case follows from its places, and each token counts for itself in it."""
+    ours, theirs = sides[student], sides[teacher]
+    e = example(ours, theirs, "".join(TEXTS))
+    objective = cross_tokenizer.Objective("hybrid", 2, 1.0, 0.0)
+    alignments = cross_tokenizer.Alignments([e], ours, theirs, objective)
+    (turn,) = turns(e, *alignments.spelled)
+    pairs = alignments.pairs[id(e)].tolist()
+    assert len(pairs) > 0.8 * len(turn.pairs())
+    for i, j, case, w in pairs:
+        place, its = turn.begins[0][i], turn.begins[1][j]
+        token, other = (p[k] for p, k in zip(turn.pieces, (i, j), strict=True))
+        if case == cross_tokenizer.LEVEL:
+            classes = [
+                int(c[spelled.index(t)])
+                for c, spelled, t in zip(
+                    alignments.classes, alignments.spelled, (token, other), strict=True
+                )
+            ]
+            assert place == its and classes[0] == classes[1] > 0
+            continue
+        side = int(case == cross_tokenizer.STUDENT_INSIDE)
+        read = next(w_ for w_, n in alignments.inside[side].numbers.items() if n == w)
+        inside, outside = ((other, token), (token, other))[side]
+        assert len(read) == abs(place - its) and inside.startswith(read)
+        assert inside[len(read) :].startswith(outside)
+
+
+def test_picture(sides):
+    """The example that is printed: one span above the other."""
+    e = example(sides["byte-level 300"], sides["characters 300"], "the e\u0301")
+    objective = cross_tokenizer.Objective("uld", 2, 1.0, 0.0)
+    models_ = sides["byte-level 300"], sides["characters 300"]
+    student, teacher = cross_tokenizer.Alignments([e], *models_, objective).picture(e).split("\n")
+    assert student.startswith("  student ") and teacher.startswith("  teacher t|h|e")
+    places = [[i for i, c in enumerate(row) if c == "¦"] for row in (student, teacher)]
+    assert places[0] == places[1] and student.endswith("<end>") and teacher.endswith("<end>")
+
+
+@pytest.mark.real
+@pytest.mark.skipif(
+    not (MODELS / "smollm2" / "tokenizer.json").exists(),
+    reason="DISTIL_REAL_MODELS names no directory with smollm2/",
+)
+@pytest.mark.parametrize("name", ["byte-level 500", "sentencepiece 500", "characters 300"])
+@pytest.mark.parametrize("teaches", [True, False])
+def test_real_tokenizer(sides, name, teaches):
+    """SmolLM2's, which splits digits, on either side of each kind."""
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "smollm2")
+    end_ids = [tokenizer.eos_token_id]
+    real = SimpleNamespace(
+        tokenizer=tokenizer, name="smollm2", vocabulary=len(tokenizer), end_ids=end_ids,
+        end_id=end_ids[0], device=torch.device("cpu"),
+    )  # fmt: skip
+    pair = (sides[name], real) if teaches else (real, sides[name])
+    spelled = [token_bytes(m) for m in pair]
+    examples = [example(*pair, text) for text in TEXTS]
+    for e in examples:
+        assert_covers(e, *spelled)
+    objective = cross_tokenizer.Objective("hybrid", 2, 1.0, 0.0)
+    numbers = cross_tokenizer.Alignments(examples, *pair, objective).report()
+    assert numbers["compared_tokens"] > 0.8

@@ -1,0 +1,442 @@
+"""cross_tokenizer.py: its losses against plain float64 forms, and runs as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+from safetensors.torch import load_file
+from test_alignment import SPECIAL, TEXTS, byte_level, example, wrapped
+from torch import Tensor
+
+import common
+import cross_tokenizer
+from cross_tokenizer import END, Alignments, Objective, _PiecewiseLoss
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def coarse_and_fine() -> list[SimpleNamespace]:
+    """Two that merge differently, so that not every token begins one of the other's."""
+    return [
+        wrapped(byte_level(size, [*SPECIAL, end], texts), False, end)
+        for size, end, texts in (
+            (600, "<done>", [*TEXTS, *["ab"] * 4, *["abc"] * 3]),
+            (290, "<|im_end|>", [*["bc"] * 4, *["ab"] * 3, "the heory of 12 34 56 7 89"]),
+        )
+    ]
+
+
+def random_side(model: SimpleNamespace, tokens: int, seed: int) -> tuple[Tensor, common.Head]:
+    """States and a head with bias and softcap, whose logits make peaked distributions."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (tokens, 8), (model.vocabulary, 8), (model.vocabulary,)
+    states, weight, bias = (
+        torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes
+    )
+    return states, common.Head(weight, bias, 0.5, 4.0)
+
+
+def value_and_gradients(
+    states: Tensor, head: common.Head, alignments: Alignments, examples: list[common.Example],
+    theirs: Tensor, teacher: common.Head,
+) -> list[Tensor]:  # fmt: skip
+    leaves = [t.clone().requires_grad_() for t in (states, head.weight, head.bias)]
+    loss, sums = _PiecewiseLoss.apply(
+        *leaves, head, theirs, teacher, alignments(examples), alignments
+    )
+    loss.backward()
+    assert sums[0] == loss
+    return [sums, *(leaf.grad for leaf in leaves)]
+
+
+def xlogy_sum(target: dict[int, Tensor], dist: dict[int, Tensor]) -> Tensor:
+    return sum(t * (t.log() - dist[k].log()) for k, t in target.items() if t > 0)
+
+
+def begun_by(token: bytes, known: list[bytes]) -> bytes:
+    """The longest of `known` that the token begins with, by looking at all of them."""
+    if token.startswith(END):
+        return token if token in known else b""
+    return max((k for k in known if k and token.startswith(k)), key=len, default=b"")
+
+
+def summed(probabilities: Tensor, names: list[object]) -> dict[object, Tensor]:
+    found: dict[object, Tensor] = {}
+    for name, p in zip(names, probabilities, strict=True):
+        if name is not None:
+            found[name] = found.get(name, 0) + p
+    return found
+
+
+def goes_on(spelled: list[bytes], other: list[bytes], w: bytes) -> list[bytes | None]:
+    """What each token of a model that has read w stands for: b"" is a stop, None not possible."""
+    return [
+        b"" if t == w else begun_by(t[len(w) :], other) or None if t.startswith(w) else None
+        for t in spelled
+    ]
+
+
+def plain_hybrid(
+    ours: Tensor, theirs: Tensor, example: common.Example, spelled: tuple[list[bytes], list[bytes]]
+) -> tuple[Tensor, set[int]]:
+    """The docstring of the script, word for word, over dictionaries; and the tokens compared."""
+    pieces = [
+        [side[t.ids[p]] for p in t.targets]
+        for side, t in zip(spelled, (example.student, example.teacher), strict=True)
+    ]
+    begins = [[sum(map(len, p[:k])) for k in range(len(p))] for p in pieces]
+    shared = [t for t in set(spelled[0]) & set(spelled[1]) if t]
+    classes = [[begun_by(t, shared) for t in side] for side in spelled]
+    total, compared = torch.zeros((), dtype=torch.float64), set()
+    for place in sorted({*begins[0], *begins[1]}):
+        i, j = (max(k for k, b in enumerate(side) if b <= place) for side in begins)
+        token, other = pieces[0][i], pieces[1][j]
+        read, its = place - begins[0][i], place - begins[1][j]
+        if not read and not its:
+            if begun_by(token, shared) == begun_by(other, shared) != b"":
+                dist = summed(ours[i], classes[0])
+                target = {n: p for n, p in summed(theirs[j], classes[1]).items() if n in dist}
+                whole = sum(target.values())
+                total = total + xlogy_sum({n: p / whole for n, p in target.items()}, dist)
+                compared.add(i)
+        elif its:
+            names = goes_on(spelled[1], spelled[0], other[:its])
+            if begun_by(other[its:], spelled[0]) == token:
+                inside = summed(theirs[j], names)
+                whole = sum(inside.values())
+                target = {name: p / whole for name, p in inside.items()}
+                dist = summed(ours[i], [t if t in target and t else b"" for t in spelled[0]])
+                total = total + xlogy_sum(target, dist)
+                compared.add(i)
+        else:
+            names = goes_on(spelled[0], spelled[1], token[:read])
+            if begun_by(token[read:], spelled[1]) == other:
+                inside = summed(ours[i], names)
+                whole = sum(inside.values())
+                dist = {name: p / whole for name, p in inside.items()}
+                target = summed(theirs[j], [t if t in dist and t else b"" for t in spelled[1]])
+                target = {name: p for name, p in target.items() if name in dist}
+                whole = sum(target.values())
+                total = total + xlogy_sum({n: p / whole for n, p in target.items()}, dist)
+    return total, compared
+
+
+@pytest.mark.parametrize("student_is", ["finer", "coarser"])
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
+def test_hybrid_is_its_definition(coarse_and_fine, student_is, temperature, monkeypatch):
+    """Value and gradients, in pieces of 11 tokens, against autograd over whole arrays."""
+    teacher, student = coarse_and_fine if student_is == "finer" else coarse_and_fine[::-1]
+    examples = [example(student, teacher, text) for text in (TEXTS[1], TEXTS[9], "abc 2024")]
+    objective = Objective("hybrid", 2, temperature, 0.25)
+    alignments = Alignments(examples, student, teacher, objective)
+    counts = [sum(len(e[side].targets) for e in examples) for side in (0, 1)]
+    states, head = random_side(student, counts[0], 0)
+    theirs, teacher_head = random_side(teacher, counts[1], 1)
+    monkeypatch.setattr(common, "chunk_rows", lambda *_: 11)
+    found = value_and_gradients(states, head, alignments, examples, theirs, teacher_head)
+
+    leaves = [t.clone().requires_grad_() for t in (states, head.weight, head.bias)]
+    plain = head._replace(weight=leaves[1], bias=leaves[2])
+    ours, likely = (
+        common.softmax_with_temperature(plain.logits(leaves[0]), t) for t in (temperature, 1.0)
+    )
+    taught = common.softmax_with_temperature(teacher_head.logits(theirs), temperature)
+    divergence, rest, ce = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    n = m = inside = 0
+    for e in examples:
+        (ids, targets), its = e.student, len(e.teacher.targets)
+        parts = ours[n : n + len(targets)], taught[m : m + its]
+        value, compared = plain_hybrid(*parts, e, alignments.spelled)
+        divergence = divergence + value
+        for k, p in enumerate(targets):
+            nats = -likely[n + k, ids[p]].log()
+            ce = ce + nats
+            rest = rest + (0 if k in compared else nats)
+        n, m = n + len(targets), m + its
+        inside += int((alignments.pairs[id(e)][:, 2] > 0).sum())
+    assert inside > 10 and rest > 0
+    loss = temperature**2 * divergence + rest + 0.25 * ce
+    loss.backward()
+    torch.testing.assert_close(found[0], torch.stack([loss, divergence]).detach())
+    for gradient, leaf in zip(found[1:], leaves, strict=True):
+        torch.testing.assert_close(gradient, leaf.grad)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
+def test_uld_is_its_definition(coarse_and_fine, temperature, monkeypatch):
+    student, teacher = coarse_and_fine
+    examples = [example(student, teacher, text) for text in TEXTS[1:4]]
+    top_k, ce_weight = 5, 0.5
+    objective = Objective("uld", top_k, temperature, ce_weight)
+    alignments = Alignments(examples, student, teacher, objective)
+    counts = [sum(len(e[side].targets) for e in examples) for side in (0, 1)]
+    states, head = random_side(student, counts[0], 0)
+    theirs, teacher_head = random_side(teacher, counts[1], 1)
+    monkeypatch.setattr(common, "chunk_rows", lambda *_: 7)
+    found = value_and_gradients(states, head, alignments, examples, theirs, teacher_head)
+
+    leaves = [t.clone().requires_grad_() for t in (states, head.weight, head.bias)]
+    logits = head._replace(weight=leaves[1], bias=leaves[2]).logits(leaves[0])
+    ours = (logits / temperature).softmax(-1)
+    taught = (teacher_head.logits(theirs) / temperature).softmax(-1)
+    divergence, ce, n, m = 0, 0, 0, 0
+    for e in examples:
+        begins = []
+        for spelled, (ids, targets) in zip(alignments.spelled, e[:2], strict=True):
+            lengths = [len(spelled[ids[p]]) for p in targets]
+            begins.append([sum(lengths[:k]) for k in range(len(lengths))])
+        for i, place in enumerate(begins[0]):
+            j = min(range(len(begins[1])), key=lambda k: (abs(begins[1][k] - place), -k))
+            q = ours[n + i].sort(descending=True).values[:top_k]
+            p = taught[m + j].sort(descending=True).values[:top_k]
+            p, q = p / p.sum(), q / q.sum()
+            divergence = divergence + (p * (p / q).log()).sum()
+            ids, targets = e.student
+            ce = ce - logits[n + i].log_softmax(-1)[ids[targets[i]]]
+        n, m = n + len(begins[0]), m + len(begins[1])
+    loss = temperature**2 * divergence + ce_weight * ce
+    loss.backward()
+    torch.testing.assert_close(found[0], torch.stack([loss, divergence]).detach())
+    for gradient, leaf in zip(found[1:], leaves, strict=True):
+        torch.testing.assert_close(gradient, leaf.grad)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_one_vocabulary_is_token_level(tiny, kind, temperature):
+    """Same tokenizer on both sides: token_level's forward KL and its gradients, in float32."""
+    student, teacher = tiny(kind, 0), tiny("llama", 1)
+    texts = ["N AA1 L AH0 JH", "K AO1 R T SH IH0 P", "the theory of it"]
+    examples = []
+    for text in texts:
+        prompt = common.tokenize(student.tokenizer, "<|user|>word<|end|><|assistant|>").ids
+        ids = common.tokenize(student.tokenizer, text + "<|end|>").ids
+        tokens = common.with_response(prompt, ids)
+        examples.append(common.Example(tokens, tokens, "here"))
+    batch = common.collate([e.student for e in examples], torch.device("cpu"))
+    theirs = common.teacher_states(teacher, batch)
+    alignments = Alignments(examples, student, teacher, Objective("hybrid", 2, temperature, 0.0))
+    module = cross_tokenizer.CrossTokenizerLoss(student, teacher.head(), alignments)
+    results = []
+    for crossing in (True, False):
+        student.model.zero_grad()
+        if crossing:
+            loss, sums = module(batch, theirs, alignments(examples))
+            divergence = sums[1]
+        else:
+            loss, sums = common.distillation_loss(
+                student.states(batch), student.head(), batch.targets,
+                common.Objective(temperature=temperature), theirs, teacher.head(),
+            )  # fmt: skip
+            divergence = sums[0]
+        loss.backward()
+        gradients = [p.grad.clone() for p in student.model.parameters() if p.grad is not None]
+        results.append([loss.detach(), divergence, *gradients])
+    per_token = [r[0].item() / len(batch.targets) for r in results]
+    assert per_token[0] == pytest.approx(per_token[1], abs=1e-6)
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_chain_rule():
+    """A finer student: over what the teacher may say next, the sum is the KL of whole tokens.
+
+    The teacher has A, A0, A1 and B, the student A, 0, 1 and B. KL between the teacher's next token
+    and the same text in the student's tokens, expected over the teacher's token, is what the two
+    cases add up to; so nothing is lost, and a student that agrees has loss 0.
+    """
+    spelled = [b"A", b"0", b"1", b"B"], [b"A", b"A0", b"A1", b"B"]
+    generator = torch.Generator().manual_seed(0)
+    first, after = torch.rand(2, 4, generator=generator, dtype=torch.float64).log_softmax(-1)
+    teacher = torch.tensor([0.1, 0.3, 0.2, 0.4], dtype=torch.float64)
+    inside = cross_tokenizer.Continuations(spelled[1], spelled[0])
+    w = inside.number(b"A")
+    tables = inside.tables(torch.device("cpu"))
+    row = torch.tensor([0])
+    pairs = cross_tokenizer.Pairs(row, row, torch.tensor([w]), (3, 2))
+    ours, theirs = first.exp()[None], teacher[None]
+    classes = torch.tensor([1, 0, 0, 2]), torch.tensor([1, 1, 1, 2])
+    level = cross_tokenizer.kl(
+        *(
+            cross_tokenizer.class_probabilities(p, c, 3)
+            for p, c in ((theirs, classes[1]), (ours, classes[0]))
+        )
+    )
+    going_on = cross_tokenizer.kl(
+        *cross_tokenizer.continuations(theirs, after.exp()[None], (row, row), pairs, tables)
+    )
+    begins_with_a = teacher[:3].sum()
+    stop = 1 - after[1].exp() - after[2].exp()
+    own = [first[0].exp() * stop, *(first[0] + after[1:3]).exp(), first[3].exp()]
+    whole = (teacher * (teacher / torch.stack(own)).log()).sum()
+    torch.testing.assert_close(level + begins_with_a * going_on, whole)
+
+
+def test_zeros_and_empty_batches(coarse_and_fine):
+    """Probabilities that underflow give finite gradients; no examples, a zero with a graph."""
+    student, teacher = coarse_and_fine
+    e = example(student, teacher, TEXTS[0])
+    for loss in ("hybrid", "uld"):
+        alignments = Alignments([e], student, teacher, Objective(loss, 4, 1.0, 0.0))
+        counts = len(e.student.targets), len(e.teacher.targets)
+        states, head = random_side(student, counts[0], 0)
+        theirs, teacher_head = random_side(teacher, counts[1], 1)
+        sharp = head._replace(scale=500.0, softcap=None)
+        both = (states.float(), sharp._replace(weight=head.weight.float(), bias=head.bias.float()))
+        found = value_and_gradients(*both, alignments, [e], theirs.float(), teacher_head)
+        assert all(t.isfinite().all() for t in found) and found[0][1] > 1
+        empty = value_and_gradients(states[:0], head, alignments, [], theirs[:0], teacher_head)
+        assert not any(t.any() for t in empty)
+
+
+def test_examples_without_a_side(coarse_and_fine):
+    """A side that a long prompt has cut to nothing: the text alone teaches, or nobody."""
+    student, teacher = coarse_and_fine
+    whole = example(student, teacher, TEXTS[0])
+    bare = whole._replace(teacher=common.Tokens(whole.teacher.ids[:4], []))
+    silent = whole._replace(student=common.Tokens(whole.student.ids[:4], []))
+    for loss in ("hybrid", "uld"):
+        examples = [bare, whole, silent]
+        alignments = Alignments(examples, student, teacher, Objective(loss, 4, 1.0, 1.0))
+        count = len(whole.student.targets)
+        states, head = random_side(student, 2 * count, 0)
+        theirs, teacher_head = random_side(teacher, 2 * len(whole.teacher.targets), 1)
+        given = (theirs, teacher_head)
+        together = value_and_gradients(states, head, alignments, examples, *given)[0]
+        own = value_and_gradients(states[count:], head, alignments, [whole], *given)[0]
+        likely = head.logits(states[:count]).log_softmax(-1)
+        ids = torch.tensor([whole.student.ids[p] for p in whole.student.targets])
+        ce = -likely.gather(1, ids[:, None]).sum()
+        torch.testing.assert_close(together[0], own[0] + (2 if loss == "hybrid" else 1) * ce)
+
+
+# ------------------------------------------------------------------------------- the whole script
+
+
+SMALL = ("--max-rows", "2560", "--epochs", "2", "--eval-size", "200", "--eval-steps", "0")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cross_tokenizer")
+
+
+def read(run: Path) -> tuple[dict, list[dict]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return json.loads((run / "results.json").read_text()), [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def hybrid(workplace) -> tuple[Path, str]:
+    done = run_script("cross_tokenizer.py", *SMALL, cwd=workplace, **ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    name = "cross_tokenizer-max-rows-2560-eval-size-200-epochs-2.0"
+    return workplace / "runs" / name, done.stdout
+
+
+def test_student_learns_on_held_out_words(hybrid):
+    """80 steps from a teacher whose tokens are not its own."""
+    results, lines = read(hybrid[0])
+    before, after = results["before"], results["after"]
+    assert after["error_rate"] < 0.9 * before["error_rate"]
+    assert after["bits_per_byte"] < 0.8 * before["bits_per_byte"]
+    assert results["teacher"]["exact_match"] > after["exact_match"] > before["exact_match"]
+    assert after["cut_off"] == 0
+    assert "kl_to_teacher" not in after and "top1_agreement" not in results["gap_recovered"]
+    steps = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 81))
+    assert all(s["train/loss"] == pytest.approx(s["train/kl"]) for s in steps)  # none stands alone
+    assert steps[-1]["train/kl"] < 0.5 * steps[0]["train/kl"]
+
+
+def test_alignment_is_reported(hybrid):
+    """Numbers in results.json are those of the embedded tokenizers, and an example is shown."""
+    results, _ = read(hybrid[0])
+    numbers = results["alignment"]
+    ours, theirs = (
+        set(common.load_tokenizer(str(common.DATA / name), "main", None).get_vocab())
+        for name in ("student_other_tokenizer", "teacher")
+    )
+    shared = {t for t in ours & theirs if not t.startswith("<|")}
+    plain = [t for t in ours if not t.startswith("<|")]
+    assert numbers["vocabulary_overlap"] == pytest.approx(len(shared) / len(plain))
+    assert numbers["compared_tokens"] == 1  # its tokens are only ever finer here
+    assert numbers["teacher_tokens_per_span"] == 1
+    assert numbers["student_tokens_per_span"] == pytest.approx(1 / numbers["aligned_tokens"])
+    rows = [
+        line for line in hybrid[1].splitlines() if line.startswith(("  student ", "  teacher "))
+    ]
+    assert len(rows) == 2 and all(row.endswith("<end>") for row in rows)
+    assert rows[0].replace("|", "").replace(" ", "") == rows[1].replace(" ", "").replace(
+        "teacher", "student"
+    )
+
+
+def test_uld_with_cross_entropy(workplace, hybrid):
+    """It finds the teacher's text and states, and weighs cross-entropy with 1."""
+    cache = sorted((workplace / "runs" / "cache").rglob("*.*"))
+    sizes = [p.stat().st_size for p in cache]
+    flags = ("--loss", "uld", "--max-steps", "25", "--output-dir", "runs/uld")
+    done = run_script("cross_tokenizer.py", *SMALL, *flags, cwd=workplace, **ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    assert [p.stat().st_size for p in cache] == sizes
+    results, lines = read(workplace / "runs" / "uld")
+    steps = [line for line in lines if "train/loss" in line]
+    ce = [s["train/loss"] - s["train/kl"] for s in steps]
+    # Before the first step CE is the student's own: that of the same kind of text held out.
+    assert ce[0] == pytest.approx(results["before"]["nats_per_token"], rel=0.1)
+    assert ce[-1] < 0.8 * ce[0]
+    assert results["after"]["bits_per_byte"] < results["before"]["bits_per_byte"]
+
+
+def test_killed_and_resumed(workplace, hybrid, tmp_path):
+    """kill -9 between two checkpoints, then --resume: the weights of a run that was not cut."""
+    flags = [
+        "--max-rows", "64", "--batch-size", "8", "--max-steps", "60", "--save-steps", "20",
+        "--eval-size", "8", "--eval-steps", "0", "--logging-steps", "1",
+        "--cache-dir", str(workplace / "runs" / "cache"),
+    ]  # fmt: skip
+    done = run_script(
+        "cross_tokenizer.py", *flags, "--output-dir", "whole", cwd=tmp_path, **ONE_THREAD
+    )
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, str(ROOT / "cross_tokenizer.py"), *flags, "--output-dir", "cut"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, **ONE_THREAD}, stdout=subprocess.DEVNULL
+    )
+    while not (tmp_path / "cut" / "checkpoints" / "step-000020").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut" / "results.json").exists()
+    done = run_script(
+        "cross_tokenizer.py", *flags, "--output-dir", "cut", "--resume", cwd=tmp_path, **ONE_THREAD
+    )
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
+    ours, theirs = (
+        load_file(tmp_path / run / "final" / "model.safetensors") for run in ("cut", "whole")
+    )
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    steps = [[x["train/loss"] for x in read(tmp_path / r)[1] if "train/loss" in x]
+             for r in ("cut", "whole")]  # fmt: skip
+    assert steps[0] == steps[1] and len(steps[0]) == 60
+
+
+@pytest.mark.parametrize("top_k", ["401", "1"])
+def test_top_k_must_fit(workplace, top_k):
+    done = run_script("cross_tokenizer.py", "--loss", "uld", "--top-k", top_k, cwd=workplace)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"--top-k {top_k} must be at least 2 and at most 400" in done.stderr
+    assert "student_other_tokenizer" in done.stderr and done.stderr.count("\n") == 1
