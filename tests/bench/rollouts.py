@@ -6,8 +6,9 @@ DIR holds the real pair (../shared/real_models.py): smollm2-8l. The prompts are 
 data/chat.jsonl, evenly spread over the file, in the model's template, shortest first on both
 sides. Everything is sampled at temperature 1 from the whole vocabulary, and no token ends an
 answer, so that both sides write the same number of tokens: what `common.generate` saves when rows
-finish is not in this figure. `model.generate` runs at batch 8, TRL's default batch, and at batch
-64; `common.generate` at 64 and at 256, its own default, which --rollout-steps fills.
+finish is not in this figure. Both run at batch 8, TRL's default batch, and at batch 64;
+`common.generate` also at 256, its own default. What --rollout-steps gives to a small --batch-size
+is the distance between its lines.
 
 The sides take turns, --rounds times, and the best round of each counts. Processor seconds stand
 beside the others because they mean something on a busy machine too (with one thread).
@@ -84,6 +85,7 @@ def main() -> None:
     sides = {
         "model.generate, batch 8": (theirs, few, 8),
         "model.generate, batch 64": (theirs, prompts, 64),
+        "common.generate, batch 8": (ours, few, 8),
         "common.generate, batch 64": (ours, prompts, 64),
         "common.generate, batch 256": (ours, prompts, 256),
     }
