@@ -45,7 +45,7 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -61,6 +61,7 @@ class Arguments(CommonArguments):
     student: str = flag(
         str(common.DATA / "student_other_tokenizer"), "student model: a directory or a hub id"
     )
+    learning_rate: float = flag(3e-3, "peak of the schedule (linear warm-up, cosine to zero)")
     loss: Literal["hybrid", "uld"] = flag(
         "hybrid", "hybrid: KL where both texts can be compared; uld: sorted top probabilities"
     )
@@ -241,9 +242,9 @@ class Continuations:
         if w not in self.numbers:
             self.numbers[w] = len(self.numbers)
             foretold, stops = {}, []
-            for token, i in self.inside[bisect.bisect_left(self.inside, (w, -1)) :]:
-                if not token.startswith(w):
-                    break
+            first = bisect.bisect_left(self.inside, (w, -1))
+            last = bisect.bisect_left(self.inside, (w + 2 * END, -1))
+            for token, i in self.inside[first:last]:
                 rest = token[len(w) :]
                 if not rest:
                     stops.append(i)
@@ -305,6 +306,18 @@ class Piece(NamedTuple):
 LEVEL, TEACHER_INSIDE, STUDENT_INSIDE = range(3)
 
 
+def nearest(turn: Turn) -> Iterator[tuple[int, int, int, int]]:
+    """Each of the student's tokens with the teacher's that begins nearest, the later of two."""
+    (first, its_first), (begins, its_begins) = turn.first, turn.begins
+    j = 0
+    for i, place in enumerate(begins[:-1]):
+        while j + 2 < len(its_begins) and abs(its_begins[j + 1] - place) <= abs(
+            its_begins[j] - place
+        ):
+            j += 1
+        yield first + i, its_first + j, LEVEL, 0
+
+
 class Alignments:
     """Which states of the two models are compared, found once for every example."""
 
@@ -326,9 +339,9 @@ class Alignments:
             Continuations(self.spelled[1], self.spelled[0]),
             Continuations(self.spelled[0], self.spelled[1]),
         )
-        self.spans = self.tokens = self.teacher_tokens = self.level = self.compared = 0
+        self.spans = self.tokens = self.teacher_tokens = self.compared = 0
         # Rows of (student's target, teacher's target, case, w), by the example's id().
-        self.pairs = {id(e): self._compare(e, classes) for e in examples}
+        self.pairs = {id(e): self._align(e, classes) for e in examples}
         if not self.compared:
             raise UsageError(
                 f"no token of {student.name} can be compared with one of {teacher.name}: their "
@@ -343,44 +356,39 @@ class Alignments:
         own = [b for b in self.spelled[0] if b and not b.startswith(END)]
         self.overlap = sum(b in numbers for b in own) / max(1, len(own))
 
-    def _compare(self, example: Example, classes: list[list[int]]) -> Tensor:
-        (ids, targets), (teacher_ids, teacher_targets), _ = example
-        ours, theirs = [ids[p] for p in targets], [teacher_ids[p] for p in teacher_targets]
-        rows, compared = [], set()
-        self.tokens += len(ours)
-        self.teacher_tokens += len(theirs)
+    def _align(self, example: Example, classes: list[list[int]]) -> Tensor:
+        rows = []
         for turn in turns(example, *self.spelled):
-            (a, b), (begins, its_begins) = turn.first, turn.begins
-            spans = turn.spans()
-            self.spans += len(spans)
+            self.spans += len(turn.spans())
             if self.objective.loss == "uld":
-                j = 0
-                for i, place in enumerate(begins[:-1]):
-                    while j + 2 < len(its_begins) and abs(its_begins[j + 1] - place) <= abs(
-                        its_begins[j] - place
-                    ):
-                        j += 1
-                    rows.append((a + i, b + j, LEVEL, 0))
-                    compared.add(a + i)
-                continue
-            for i, j in turn.pairs():
-                row, token, teacher_token = (a + i, b + j), ours[a + i], theirs[b + j]
-                ahead = begins[i] - its_begins[j]
-                if ahead == 0:
-                    if classes[0][token] == classes[1][teacher_token] > 0:
-                        rows.append((*row, LEVEL, 0))
-                        compared.add(row[0])
-                elif ahead > 0:
-                    w = self.inside[0].number(turn.pieces[1][j][:ahead])
-                    if self.inside[0].foretold[w].get(teacher_token) == token:
-                        rows.append((*row, TEACHER_INSIDE, w))
-                        compared.add(row[0])
-                else:
-                    w = self.inside[1].number(turn.pieces[0][i][:-ahead])
-                    if self.inside[1].foretold[w].get(token) == teacher_token:
-                        rows.append((*row, STUDENT_INSIDE, w))
-        self.compared += len(compared)
+                rows += nearest(turn)
+            else:
+                rows += self._comparable(example, turn, classes)
+        self.tokens += len(example.student.targets)
+        self.teacher_tokens += len(example.teacher.targets)
+        self.compared += len({i for i, _, case, _ in rows if case != STUDENT_INSIDE})
         return torch.tensor(rows, dtype=torch.int32).view(-1, 4)
+
+    def _comparable(
+        self, example: Example, turn: Turn, classes: list[list[int]]
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """The pairs of a turn, without those where the text shows what could not be foretold."""
+        student, teacher, _ = example
+        for i, j in turn.pairs():
+            row = turn.first[0] + i, turn.first[1] + j
+            own, other = student.ids[student.targets[row[0]]], teacher.ids[teacher.targets[row[1]]]
+            ahead = turn.begins[0][i] - turn.begins[1][j]
+            if ahead == 0:
+                if classes[0][own] == classes[1][other] > 0:
+                    yield (*row, LEVEL, 0)
+            elif ahead > 0:
+                w = self.inside[0].number(turn.pieces[1][j][:ahead])
+                if self.inside[0].foretold[w].get(other) == own:
+                    yield (*row, TEACHER_INSIDE, w)
+            else:
+                w = self.inside[1].number(turn.pieces[0][i][:-ahead])
+                if self.inside[1].foretold[w].get(own) == other:
+                    yield (*row, STUDENT_INSIDE, w)
 
     def __call__(self, examples: Sequence[Example]) -> list[Piece]:
         """The batch of these examples, cut so that no piece's logits are many at a time."""
@@ -427,7 +435,10 @@ class Alignments:
 
     def picture(self, example: Example, width: int = 100) -> str:
         """The last turn of an example, the student's tokens above the teacher's."""
-        turn = turns(example, *self.spelled)[-1]
+        found = turns(example, *self.spelled)
+        if not found:
+            return "  (an empty response)"
+        turn = found[-1]
         spans, lines = turn.spans(), ["  student ", "  teacher "]
         ends = [*spans[1:], tuple(len(pieces) for pieces in turn.pieces)]
         for cut in zip(spans, ends, strict=True):
@@ -542,7 +553,8 @@ def hybrid_divergence(ours: Tensor, theirs: Tensor, piece: Piece, alignments: Al
     ]
     # What the student has no token for is left out of what the teacher says.
     possible = classes[1] * alignments.possible
-    total = kl(possible / possible.sum(-1, keepdim=True), classes[0])
+    whole = possible.sum(-1, keepdim=True).clamp_min(floor(possible))
+    total = kl(possible / whole, classes[0])
     if len((pairs := piece.teacher_inside).w):
         rows = pairs.teacher, pairs.student
         total = total + kl(*continuations(theirs, ours, rows, pairs, alignments.tables[0]))
@@ -630,9 +642,8 @@ def main(args: Arguments) -> None:
     examples = common.make_examples(train, prompts, student, teacher, args, accelerator)
     alignments = Alignments(examples, student, teacher, objective)
     accelerator.print(alignments.picture(examples[0]))
-    accelerator.print(
-        ", ".join(f"{name} {value:.3f}" for name, value in alignments.report().items())
-    )
+    numbers = [f"{name} {value:.3f}" for name, value in alignments.report().items()]
+    accelerator.print("alignment: " + ", ".join(numbers))
     evaluator = common.Evaluator(evaluation, student, teacher, args, accelerator)
     states = common.TeacherStates(teacher, examples, args, accelerator, "training text")
     run = common.Run("cross_tokenizer", args, accelerator)
