@@ -515,30 +515,40 @@ def load_model(
     return model
 
 
+def load_student(
+    args: CommonArguments, device: torch.device, template: str | None = None
+) -> LanguageModel:
+    """The student, weights in float32; a base model without a chat template takes `template`."""
+    tokenizer = load_tokenizer(args.student, args.revision, args.chat_template)
+    tokenizer.chat_template = tokenizer.chat_template or template
+    _check_template(args.student, tokenizer)
+    student = load_model(
+        args.student, tokenizer, revision=args.revision, dtype=torch.float32,
+        compute_dtype=_dtype_on(device, args.dtype), attention=args.attn_implementation,
+        device=device, cache_dir=args.cache_dir,
+    )  # fmt: skip
+    _check_positions(student, args)
+    if args.lora_rank:
+        add_adapters(student, args.lora_rank)
+    if args.gradient_checkpointing:
+        if not student.model.supports_gradient_checkpointing:
+            raise UsageError(f"--gradient-checkpointing: {student.name} does not support it")
+        student.model.activation_checkpointing_enable()
+    return student
+
+
 def load_pair(args: CommonArguments, device: torch.device) -> tuple[LanguageModel, LanguageModel]:
     """Student (float32 weights) and teacher, each with its own tokenizer and template."""
-    student_tokenizer = load_tokenizer(args.student, args.revision, args.chat_template)
-    teacher_tokenizer = load_tokenizer(args.teacher, args.teacher_revision, args.chat_template)
-    half = torch.bfloat16 if device.type == "cuda" else torch.float32
-    compute = half if args.dtype == "auto" else getattr(torch, args.dtype)
-    frozen = half if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
-    if not teacher_tokenizer.chat_template:
-        raise UsageError(f"{args.teacher} has no chat template; give one with --chat-template FILE")
-    if not student_tokenizer.chat_template:
-        # A base model: it learns the teacher's format.
-        student_tokenizer.chat_template = teacher_tokenizer.chat_template
-    common = {
-        "attention": args.attn_implementation, "device": device, "cache_dir": args.cache_dir,
-    }  # fmt: skip
-    student = load_model(
-        args.student, student_tokenizer, revision=args.revision,
-        dtype=torch.float32, compute_dtype=compute, **common,
-    )  # fmt: skip
+    tokenizer = load_tokenizer(args.teacher, args.teacher_revision, args.chat_template)
+    _check_template(args.teacher, tokenizer)
+    student = load_student(args, device, tokenizer.chat_template)
+    dtype = _dtype_on(device, args.teacher_dtype)
 
     def load_teacher() -> LanguageModel:
         teacher = load_model(
-            args.teacher, teacher_tokenizer, revision=args.teacher_revision,
-            dtype=frozen, compute_dtype=frozen, **common,
+            args.teacher, tokenizer, revision=args.teacher_revision, dtype=dtype,
+            compute_dtype=dtype, attention=args.attn_implementation, device=device,
+            cache_dir=args.cache_dir,
         )  # fmt: skip
         teacher.model.requires_grad_(False)
         return teacher
@@ -547,22 +557,29 @@ def load_pair(args: CommonArguments, device: torch.device) -> tuple[LanguageMode
         digest = digest_of_model(args.teacher, args.teacher_revision, Path(args.cache_dir))
         directory = Path(args.cache_dir) / "states"
         teacher = KeptTeacher(
-            args.teacher, teacher_tokenizer, frozen, digest, device, directory, load_teacher
+            args.teacher, tokenizer, dtype, digest, device, directory, load_teacher
         )
     else:
         teacher = load_teacher()
-    for model in (student, teacher):
-        if model.max_positions and args.max_length > model.max_positions:
-            raise UsageError(
-                f"--max-length {args.max_length}: {model.name} stops at {model.max_positions}"
-            )
-    if args.lora_rank:
-        add_adapters(student, args.lora_rank)
-    if args.gradient_checkpointing:
-        if not student.model.supports_gradient_checkpointing:
-            raise UsageError(f"--gradient-checkpointing: {student.name} does not support it")
-        student.model.activation_checkpointing_enable()
+    _check_positions(teacher, args)
     return student, teacher
+
+
+def _dtype_on(device: torch.device, name: str) -> torch.dtype:
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return half if name == "auto" else getattr(torch, name)
+
+
+def _check_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise UsageError(f"{name} has no chat template; give one with --chat-template FILE")
+
+
+def _check_positions(model: LanguageModel, args: CommonArguments) -> None:
+    if model.max_positions and args.max_length > model.max_positions:
+        raise UsageError(
+            f"--max-length {args.max_length}: {model.name} stops at {model.max_positions}"
+        )
 
 
 def add_adapters(student: LanguageModel, rank: int) -> None:
@@ -1188,15 +1205,10 @@ def teacher_responses(
     }
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(args.cache_dir) / "text" / f"{name}.jsonl"
-    seen: dict[tuple[int, ...], int] = {}
-    keys = []
-    for prompt in prompts:  # a prompt that occurs twice gets two samples
-        count = seen.get(tuple(prompt), 0) if temperature else 0
-        seen[tuple(prompt)] = count + 1
-        keys.append(f"{row_seed(prompt, count):016x}")
+    keys = sample_keys(prompts, temperature)
     remember_digests(Path(args.cache_dir))
-    with make_writable(path.parent), _one_writer(path.with_suffix(".lock"), accelerator):
-        known = _read_text_cache(path)
+    with make_writable(path.parent), one_writer(path.with_suffix(".lock"), accelerator):
+        known = read_text_cache(path)
         accelerator.wait_for_everyone()  # all must see the same lines, and share out the rest
         missing = list({k: i for i, k in enumerate(keys) if k not in known}.values())
         mine = missing[accelerator.process_index :: accelerator.num_processes]
@@ -1220,19 +1232,30 @@ def teacher_responses(
             }
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
             if len(lines) == args.generation_batch_size or done == len(mine):
-                _append(path, lines)
+                append_lines(path, lines)
                 bar.update(len(lines))
                 bar.set_postfix(tokens_per_second=f"{tokens / (time.perf_counter() - began):.0f}")
                 lines = []
         bar.close()
         accelerator.wait_for_everyone()
         if accelerator.num_processes > 1:
-            known = _read_text_cache(path)
+            known = read_text_cache(path)
     return [known[k] for k in keys]
 
 
+def sample_keys(prompts: Sequence[Any], temperature: float) -> list[str]:
+    """What answers are found by in the cache: a prompt that occurs twice gets two samples."""
+    seen: dict[str, int] = {}
+    keys = []
+    for prompt in prompts:
+        count = seen.get(repr(prompt), 0) if temperature else 0
+        seen[repr(prompt)] = count + 1
+        keys.append(f"{row_seed(prompt, count):016x}")
+    return keys
+
+
 @contextlib.contextmanager
-def _one_writer(lock: Path, accelerator: Accelerator) -> Iterator[None]:
+def one_writer(lock: Path, accelerator: Accelerator) -> Iterator[None]:
     """One run at a time, whose processes write together."""
     with FileLock(lock) if accelerator.is_main_process else contextlib.nullcontext():
         accelerator.wait_for_everyone()
@@ -1240,12 +1263,13 @@ def _one_writer(lock: Path, accelerator: Accelerator) -> Iterator[None]:
         accelerator.wait_for_everyone()
 
 
-def _append(path: Path, lines: list[str]) -> None:
+def append_lines(path: Path, lines: list[str]) -> None:
+    """Add whole lines to a cache file; in the system's hands when this returns."""
     with FileLock(path.with_suffix(".append")), open(path, "a", encoding="utf-8") as stream:
         stream.writelines(lines)
 
 
-def _read_text_cache(path: Path) -> dict[str, Answer]:
+def read_text_cache(path: Path) -> dict[str, Answer]:
     """Whole lines of the cache file; an unfinished last one, left by a cut, is removed."""
     if not path.exists():
         return {}
@@ -1257,9 +1281,11 @@ def _read_text_cache(path: Path) -> dict[str, Answer]:
     for number, line in enumerate(raw[:whole].split(b"\n")[:-1], 1):
         try:
             row = json.loads(line)
-            ids = [int(i) for i in row["response_ids"]]
+            ids = row["response_ids"]  # null in the text of a teacher that is not here
+            ids = None if ids is None else [int(i) for i in ids]
+            tokens = int(row["tokens"]) if ids is None else len(ids)
             finished = {"stop": True, "length": False}[row["finish_reason"]]
-            known[row["key"]] = Answer(str(row["response"]), finished, len(ids), ids)
+            known[row["key"]] = Answer(str(row["response"]), finished, tokens, ids)
         except (ValueError, KeyError, TypeError):
             raise UsageError(
                 f"{path}:{number}: corrupt cache of teacher text; delete the file to write it again"
@@ -1406,7 +1432,7 @@ class TeacherStates:
         self.path = Path(args.cache_dir) / "states" / f"{self._key()}.bin"
         with (
             make_writable(self.path.parent),
-            _one_writer(self.path.with_suffix(".lock"), accelerator),
+            one_writer(self.path.with_suffix(".lock"), accelerator),
         ):
             if accelerator.is_main_process:
                 self._make_room(purpose)
@@ -1499,7 +1525,7 @@ class TeacherStates:
                     stream.write(states)
                     stream.flush()
                     os.fsync(stream.fileno())
-                    _append(self.path.with_suffix(".done"), [f"{i} {zlib.crc32(states)}\n"])
+                    append_lines(self.path.with_suffix(".done"), [f"{i} {zlib.crc32(states)}\n"])
                 bar.update()
         bar.close()
 
@@ -2367,8 +2393,16 @@ def show(bar: tqdm, numbers: dict[str, float]) -> None:
 class Run:
     """A run's directory: what it was asked, what it measured, what it made."""
 
-    def __init__(self, script: str, args: CommonArguments, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        script: str,
+        args: CommonArguments,
+        accelerator: Accelerator,
+        teacher: str | None = None,
+    ) -> None:
+        """Claim or find the directory; `teacher` names one that --teacher does not."""
         self.script, self.args, self.accelerator = script, args, accelerator
+        self.teacher = teacher or Path(args.teacher).name
         self.pending: list[tuple[int, dict[str, Any], list[str]]] = []
         self.rate = (time.perf_counter(), 0)
         self.earlier = 0.0  # seconds that a resumed run took before
@@ -2648,8 +2682,8 @@ class Run:
             [
                 "---", "library_name: transformers", "pipeline_tag: text-generation",
                 "tags: [distillation]", "---", "",
-                f"# {Path(args.student).name}, distilled from {Path(args.teacher).name}", "",
-                f"- method: `{self.script}.py`", f"- teacher: `{Path(args.teacher).name}`",
+                f"# {Path(args.student).name}, distilled from {self.teacher}", "",
+                f"- method: `{self.script}.py`", f"- teacher: `{self.teacher}`",
                 f"- student: `{Path(args.student).name}`", f"- data: `{Path(args.dataset).name}`",
                 f"- flags: `{flags or 'none'}`", "", "```", table, "```", "",
             ]
