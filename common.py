@@ -277,8 +277,11 @@ class Head(NamedTuple):
             raw = raw * self.scale
         return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
 
-    def transform_backward(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """Gradient with respect to `logits` to the gradient before `transform`."""
+    def transform_backward(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
+        """Gradient with respect to `logits` to the gradient before `transform`.
+
+        The logits themselves are only looked at where there is a softcap.
+        """
         if self.softcap is not None:
             gradient = gradient * (1 - (logits / self.softcap).square())
         return gradient if self.scale == 1.0 else gradient * self.scale
@@ -1575,10 +1578,11 @@ def divergence(
         student · (f − Σ student · f); constants in f drop out.
     """
     kl, a, beta = objective.kl, objective.skew, objective.jsd_beta
-    teacher, student = teacher_logprobs.exp(), student_logprobs.exp()
-    if kl == "forward" and a == 0:
+    teacher = teacher_logprobs.exp()
+    if kl == "forward" and a == 0:  # in an order that keeps four (n, V) arrays at most
         value = torch.linalg.vecdot(teacher, teacher_logprobs - student_logprobs)
-        return value, student.sub_(teacher)
+        return value, student_logprobs.exp().sub_(teacher)
+    student = student_logprobs.exp()
     if kl == "reverse" and a == 0:
         slope = student_logprobs - teacher_logprobs
         value = (student * slope).sum(-1)
@@ -1632,22 +1636,25 @@ class _ChunkedLoss(torch.autograd.Function):
             piece = slice(start, start + rows)
             logits = student.logits(states[piece])
             gradient = None
-            if teacher is not None:
-                t = objective.temperature
-                value, slope = divergence(
-                    log_softmax_with_temperature(logits, t),
-                    log_softmax_with_temperature(teacher.logits(teacher_states[piece]), t),
-                    objective,
-                )
-                sums[0] += value.sum()
-                gradient = slope.mul_(t)  # T² from the loss, 1/T from logits / T
             if objective.ce_weight:
                 logprobs = log_softmax_with_temperature(logits)
                 target = targets[piece, None]
                 sums[1] -= logprobs.gather(1, target).sum()
-                slope = logprobs.exp_()
-                slope.scatter_add_(1, target, -torch.ones_like(target, dtype=slope.dtype))
-                slope.mul_(objective.ce_weight)
+                gradient = logprobs.exp_()
+                gradient.scatter_add_(1, target, -torch.ones_like(target, dtype=gradient.dtype))
+                gradient.mul_(objective.ce_weight)
+            if teacher is not None:
+                t = objective.temperature
+                logprobs = log_softmax_with_temperature(logits, t)
+                if student.softcap is None:
+                    logits = None  # as large as the rest, and not needed any more
+                value, slope = divergence(
+                    logprobs,
+                    log_softmax_with_temperature(teacher.logits(teacher_states[piece]), t),
+                    objective,
+                )
+                sums[0] += value.sum()
+                slope.mul_(t)  # T² from the loss, 1/T from logits / T
                 gradient = slope if gradient is None else gradient.add_(slope)
             gradient = student.transform_backward(gradient, logits)
             if wants_bias:
