@@ -65,6 +65,11 @@ class Arguments(token_level.Arguments):
             raise UsageError("--rollout-steps must be 1 or more")
         if self.ce_weight and not self.reads_others:
             raise UsageError("--ce-weight is for text of others, and --mix 1 has none")
+        unused = {"estimator", "rollout_temperature", "rollout_steps", "mix_warmup_steps"}
+        if self.mix == 0 and (given := sorted(unused & common.changed_flags(self).keys())):
+            raise UsageError(
+                f"--{given[0].replace('_', '-')} is for steps on own text, and --mix 0 has none"
+            )
         if self.estimator == "sampled":
             self._check_sampled()
         return objective
@@ -266,7 +271,7 @@ class Health:
             self.shown = step
             yield f"step {step + 1}, the student writes:"
             for tokens in (e.student for e in examples[:2]):
-                start = tokens.targets[0]
+                start = len(tokens.ids) - len(tokens.targets)
                 parts = (tokens.ids[:start], tokens.ids[start:])
                 yield "  {!r}\n    {!r}".format(*map(self.student.tokenizer.decode, parts))
 

@@ -102,10 +102,8 @@ class Arguments(CommonArguments):
                 f"--samples-per-prompt {self.samples_per_prompt} at --sampling-temperature 0 would "
                 "be one answer many times: give a temperature above 0"
             )
-        if self.completions == "dataset" and changed.keys() & {
-            "samples_per_prompt",
-            "keep_matching",
-        }:
+        selecting = changed.keys() & {"samples_per_prompt", "keep_matching"}
+        if selecting and self.completions == "dataset":
             raise UsageError(
                 "--samples-per-prompt and --keep-matching select from the teacher's text, and "
                 "--completions dataset trains on the data set's own"
@@ -422,18 +420,20 @@ class ApiTeacher:
 
     def _answer(self, completion: Any) -> Answer:
         """What the server wrote; `ValueError` for what is no completion."""
-        choices = getattr(completion, "choices", None)  # a page that is no JSON comes as a string
-        if not choices or choices[0].message is None or choices[0].finish_reason is None:
-            raise ValueError("the server's answer is no completion")
-        message, reason = choices[0].message, choices[0].finish_reason
-        text = message.content or ""
-        thoughts = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", "")
-        if thoughts:  # that a server has parted from the answer: together as the model wrote them
-            text = f"<think>\n{thoughts.strip()}\n</think>\n\n{text.lstrip()}"
-        text = text.encode("utf-8", "replace").decode()  # JSON can spell half of a surrogate pair
-        if completion.usage is not None:
-            tokens = completion.usage.completion_tokens
-        else:
+        try:  # the client builds its objects from whatever JSON there is, or gives a page as text
+            choice = completion.choices[0]
+            text, reason = choice.message.content or "", choice.finish_reason
+            thoughts = getattr(choice.message, "reasoning_content", None)
+            thoughts = thoughts or getattr(choice.message, "reasoning", None)
+            if thoughts:  # parted from the answer by the server: together as the model wrote them
+                text = f"<think>\n{thoughts.strip()}\n</think>\n\n{text.lstrip()}"
+            text = text.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair
+        except (AttributeError, TypeError, IndexError):
+            reason = None
+        if reason is None:
+            raise ValueError("what the server sent is no completion")
+        tokens = getattr(completion.usage, "completion_tokens", None)
+        if tokens is None:
             tokens = len(common.tokenize(self.student.tokenizer, text).ids)
         return Answer(text, reason not in {"length", "content_filter"}, tokens, None)
 

@@ -57,7 +57,7 @@ def completion(text: str, reason: str | None = "stop", **message: Any) -> dict[s
 class Server(ThreadingHTTPServer):
     """Answers as `reply(body, n)` says, n being how often these messages were asked before.
 
-    A reply is a dictionary for a completion; bytes for another body; (status, headers, body);
+    A reply is a dictionary or list, sent as JSON; bytes for another body; (status, headers, body);
     or a function that does what it likes with the handler. `log` holds (time, body) of each
     request, and every request must bring the key.
     """
@@ -101,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
             reply = (401, {}, json.dumps({"error": {"message": "no key"}}).encode())
         if callable(reply):
             return reply(self)
-        if isinstance(reply, dict):
+        if isinstance(reply, dict | list):
             reply = json.dumps(reply).encode()
         if isinstance(reply, bytes):
             reply = (200, {}, reply)
@@ -260,7 +260,7 @@ PASSES = {
     "too many": status(429), "error": status(500), "gateway": (502, {}, b"<html>"),
     "overloaded": status(529), "dropped": drop, "cut": cut_body, "half": half_json, "page": page,
     "no choices": {"id": "1"}, "no reason": completion("never", None), "slow": slow,
-    "nothing": b"", "conflict": status(409),
+    "nothing": b"", "conflict": status(409), "list": [], "no message": {"choices": [{}]},
 }  # fmt: skip
 
 

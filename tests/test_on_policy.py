@@ -401,6 +401,7 @@ def test_flags_that_contradict_each_other():
         ({"mix": 1.5}, "--mix is a share"),
         ({"rollout_steps": 0}, "--rollout-steps"),
         ({"mix": 1.0, "ce_weight": 0.5}, "--ce-weight"),
+        ({"mix": 0.0, "rollout_temperature": 0.5}, "--rollout-temperature is for"),
         ({"estimator": "sampled", "kl": "forward"}, "--kl must be reverse"),
         ({"estimator": "sampled", "skew": 0.1}, "--skew must be 0"),
         ({"estimator": "sampled", "temperature": 2.0}, "--temperature must be 1"),
