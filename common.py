@@ -32,7 +32,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -49,6 +49,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    DynamicLayer,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -225,6 +226,10 @@ def launch(main: Callable[[Any], None], kind: type[CommonArguments], description
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    # Not inside `main`: where DDP's reducer is the last to let go of the group, it waits for the
+    # group's thread while holding the interpreter's lock, for which that thread may be waiting.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def changed_flags(args: CommonArguments) -> dict[str, Any]:
@@ -254,6 +259,14 @@ class Head(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
+    def ready(self, dtype: torch.dtype, device: torch.device) -> Head:
+        """Weights as `project` wants them beside states of `dtype`, converted once and for all."""
+        if device.type != "cuda":  # there it multiplies in float32 at least
+            dtype = torch.promote_types(
+                torch.promote_types(dtype, self.weight.dtype), torch.float32
+            )
+        return self._replace(weight=self.weight.to(dtype))
+
     def logits(self, states: Tensor) -> Tensor:
         """States (n, d) to logits (n, V), in float32 at least: see `project`."""
         return self.transform(project(states, self.weight, self.bias))
@@ -264,8 +277,11 @@ class Head(NamedTuple):
             raw = raw * self.scale
         return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
 
-    def transform_backward(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """Gradient with respect to `logits` to the gradient before `transform`."""
+    def transform_backward(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
+        """Gradient with respect to `logits` to the gradient before `transform`.
+
+        The logits themselves are only looked at where there is a softcap.
+        """
         if self.softcap is not None:
             gradient = gradient * (1 - (logits / self.softcap).square())
         return gradient if self.scale == 1.0 else gradient * self.scale
@@ -502,30 +518,40 @@ def load_model(
     return model
 
 
+def load_student(
+    args: CommonArguments, device: torch.device, template: str | None = None
+) -> LanguageModel:
+    """The student, weights in float32; a base model without a chat template takes `template`."""
+    tokenizer = load_tokenizer(args.student, args.revision, args.chat_template)
+    tokenizer.chat_template = tokenizer.chat_template or template
+    _check_template(args.student, tokenizer)
+    student = load_model(
+        args.student, tokenizer, revision=args.revision, dtype=torch.float32,
+        compute_dtype=_dtype_on(device, args.dtype), attention=args.attn_implementation,
+        device=device, cache_dir=args.cache_dir,
+    )  # fmt: skip
+    _check_positions(student, args)
+    if args.lora_rank:
+        add_adapters(student, args.lora_rank)
+    if args.gradient_checkpointing:
+        if not student.model.supports_gradient_checkpointing:
+            raise UsageError(f"--gradient-checkpointing: {student.name} does not support it")
+        student.model.activation_checkpointing_enable()
+    return student
+
+
 def load_pair(args: CommonArguments, device: torch.device) -> tuple[LanguageModel, LanguageModel]:
     """Student (float32 weights) and teacher, each with its own tokenizer and template."""
-    student_tokenizer = load_tokenizer(args.student, args.revision, args.chat_template)
-    teacher_tokenizer = load_tokenizer(args.teacher, args.teacher_revision, args.chat_template)
-    half = torch.bfloat16 if device.type == "cuda" else torch.float32
-    compute = half if args.dtype == "auto" else getattr(torch, args.dtype)
-    frozen = half if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
-    if not teacher_tokenizer.chat_template:
-        raise UsageError(f"{args.teacher} has no chat template; give one with --chat-template FILE")
-    if not student_tokenizer.chat_template:
-        # A base model: it learns the teacher's format.
-        student_tokenizer.chat_template = teacher_tokenizer.chat_template
-    common = {
-        "attention": args.attn_implementation, "device": device, "cache_dir": args.cache_dir,
-    }  # fmt: skip
-    student = load_model(
-        args.student, student_tokenizer, revision=args.revision,
-        dtype=torch.float32, compute_dtype=compute, **common,
-    )  # fmt: skip
+    tokenizer = load_tokenizer(args.teacher, args.teacher_revision, args.chat_template)
+    _check_template(args.teacher, tokenizer)
+    student = load_student(args, device, tokenizer.chat_template)
+    dtype = _dtype_on(device, args.teacher_dtype)
 
     def load_teacher() -> LanguageModel:
         teacher = load_model(
-            args.teacher, teacher_tokenizer, revision=args.teacher_revision,
-            dtype=frozen, compute_dtype=frozen, **common,
+            args.teacher, tokenizer, revision=args.teacher_revision, dtype=dtype,
+            compute_dtype=dtype, attention=args.attn_implementation, device=device,
+            cache_dir=args.cache_dir,
         )  # fmt: skip
         teacher.model.requires_grad_(False)
         return teacher
@@ -534,20 +560,29 @@ def load_pair(args: CommonArguments, device: torch.device) -> tuple[LanguageMode
         digest = digest_of_model(args.teacher, args.teacher_revision, Path(args.cache_dir))
         directory = Path(args.cache_dir) / "states"
         teacher = KeptTeacher(
-            args.teacher, teacher_tokenizer, frozen, digest, device, directory, load_teacher
+            args.teacher, tokenizer, dtype, digest, device, directory, load_teacher
         )
     else:
         teacher = load_teacher()
-    for model in (student, teacher):
-        if model.max_positions and args.max_length > model.max_positions:
-            raise UsageError(
-                f"--max-length {args.max_length}: {model.name} stops at {model.max_positions}"
-            )
-    if args.lora_rank:
-        add_adapters(student, args.lora_rank)
-    if args.gradient_checkpointing:
-        student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    _check_positions(teacher, args)
     return student, teacher
+
+
+def _dtype_on(device: torch.device, name: str) -> torch.dtype:
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return half if name == "auto" else getattr(torch, name)
+
+
+def _check_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise UsageError(f"{name} has no chat template; give one with --chat-template FILE")
+
+
+def _check_positions(model: LanguageModel, args: CommonArguments) -> None:
+    if model.max_positions and args.max_length > model.max_positions:
+        raise UsageError(
+            f"--max-length {args.max_length}: {model.name} stops at {model.max_positions}"
+        )
 
 
 def add_adapters(student: LanguageModel, rank: int) -> None:
@@ -663,6 +698,7 @@ def first_line(problem: Exception) -> str:
 # -------------------------------------------------------------------------- chat data and masks
 
 Messages = list[dict[str, str]]
+Item = TypeVar("Item")
 
 # Llama 3.2's template prints today's date; with it nothing would be found in the cache tomorrow.
 FIXED_DATE = "26 Jul 2024"
@@ -1107,17 +1143,29 @@ def collate(examples: Sequence[Tokens], device: torch.device, pad_id: int = 0) -
 def micro_batches(
     examples: Sequence[Example], args: CommonArguments, step: int, accelerator: Accelerator
 ) -> tuple[list[list[Example]], int]:
-    """This process's share of the step's global batch, and the target tokens of the whole of it.
+    """This process's share of the step's global batch, and the target tokens of the whole of it."""
+    return share_out(global_batch(examples, args, step), args, accelerator)
 
-    The batch is a function of (seed, step). It is cut by length, so that micro-batches carry
-    little padding; every process gets equally many, the last of which may be empty.
-    """
-    chosen: list[Example] = []
+
+def global_batch(items: Sequence[Item], args: CommonArguments, step: int) -> list[Item]:
+    """What a step learns from: a function of (seed, step), each epoch in an order of its own."""
+    chosen = []
     for i in range(step * args.batch_size, (step + 1) * args.batch_size):
-        epoch, place = divmod(i, len(examples))
-        chosen.append(examples[_order(args.seed, epoch, len(examples))[place]])
+        epoch, place = divmod(i, len(items))
+        chosen.append(items[_order(args.seed, epoch, len(items))[place]])
+    return chosen
+
+
+def share_out(
+    chosen: list[Example], args: CommonArguments, accelerator: Accelerator
+) -> tuple[list[list[Example]], int]:
+    """This process's share of a global batch, and the target tokens of the whole of it.
+
+    The batch is cut by length, so that micro-batches carry little padding; every process gets
+    equally many, the last of which may be empty.
+    """
     tokens = sum(len(e.student.targets) for e in chosen)
-    chosen.sort(key=lambda e: len(e.student.ids))
+    chosen = sorted(chosen, key=lambda e: len(e.student.ids))
     share = math.ceil(len(chosen) / accelerator.num_processes)
     size = min(args.micro_batch_size or share, share)
     mine = chosen[accelerator.process_index :: accelerator.num_processes]
@@ -1160,15 +1208,10 @@ def teacher_responses(
     }
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(args.cache_dir) / "text" / f"{name}.jsonl"
-    seen: dict[tuple[int, ...], int] = {}
-    keys = []
-    for prompt in prompts:  # a prompt that occurs twice gets two samples
-        count = seen.get(tuple(prompt), 0) if temperature else 0
-        seen[tuple(prompt)] = count + 1
-        keys.append(f"{row_seed(prompt, count):016x}")
+    keys = sample_keys(prompts, temperature)
     remember_digests(Path(args.cache_dir))
-    with make_writable(path.parent), _one_writer(path.with_suffix(".lock"), accelerator):
-        known = _read_text_cache(path)
+    with make_writable(path.parent), one_writer(path.with_suffix(".lock"), accelerator):
+        known = read_text_cache(path)
         accelerator.wait_for_everyone()  # all must see the same lines, and share out the rest
         missing = list({k: i for i, k in enumerate(keys) if k not in known}.values())
         mine = missing[accelerator.process_index :: accelerator.num_processes]
@@ -1192,19 +1235,30 @@ def teacher_responses(
             }
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
             if len(lines) == args.generation_batch_size or done == len(mine):
-                _append(path, lines)
+                append_lines(path, lines)
                 bar.update(len(lines))
                 bar.set_postfix(tokens_per_second=f"{tokens / (time.perf_counter() - began):.0f}")
                 lines = []
         bar.close()
         accelerator.wait_for_everyone()
         if accelerator.num_processes > 1:
-            known = _read_text_cache(path)
+            known = read_text_cache(path)
     return [known[k] for k in keys]
 
 
+def sample_keys(prompts: Sequence[Any], temperature: float) -> list[str]:
+    """What answers are found by in the cache: a prompt that occurs twice gets two samples."""
+    seen: dict[str, int] = {}
+    keys = []
+    for prompt in prompts:
+        count = seen.get(repr(prompt), 0) if temperature else 0
+        seen[repr(prompt)] = count + 1
+        keys.append(f"{row_seed(prompt, count):016x}")
+    return keys
+
+
 @contextlib.contextmanager
-def _one_writer(lock: Path, accelerator: Accelerator) -> Iterator[None]:
+def one_writer(lock: Path, accelerator: Accelerator) -> Iterator[None]:
     """One run at a time, whose processes write together."""
     with FileLock(lock) if accelerator.is_main_process else contextlib.nullcontext():
         accelerator.wait_for_everyone()
@@ -1212,12 +1266,13 @@ def _one_writer(lock: Path, accelerator: Accelerator) -> Iterator[None]:
         accelerator.wait_for_everyone()
 
 
-def _append(path: Path, lines: list[str]) -> None:
+def append_lines(path: Path, lines: list[str]) -> None:
+    """Add whole lines to a cache file; in the system's hands when this returns."""
     with FileLock(path.with_suffix(".append")), open(path, "a", encoding="utf-8") as stream:
         stream.writelines(lines)
 
 
-def _read_text_cache(path: Path) -> dict[str, Answer]:
+def read_text_cache(path: Path) -> dict[str, Answer]:
     """Whole lines of the cache file; an unfinished last one, left by a cut, is removed."""
     if not path.exists():
         return {}
@@ -1229,9 +1284,11 @@ def _read_text_cache(path: Path) -> dict[str, Answer]:
     for number, line in enumerate(raw[:whole].split(b"\n")[:-1], 1):
         try:
             row = json.loads(line)
-            ids = [int(i) for i in row["response_ids"]]
+            ids = row["response_ids"]  # null in the text of a teacher that is not here
+            ids = None if ids is None else [int(i) for i in ids]
+            tokens = int(row["tokens"]) if ids is None else len(ids)
             finished = {"stop": True, "length": False}[row["finish_reason"]]
-            known[row["key"]] = Answer(str(row["response"]), finished, len(ids), ids)
+            known[row["key"]] = Answer(str(row["response"]), finished, tokens, ids)
         except (ValueError, KeyError, TypeError):
             raise UsageError(
                 f"{path}:{number}: corrupt cache of teacher text; delete the file to write it again"
@@ -1305,18 +1362,31 @@ def teacher_examples(
     and the student reads it in tokens of its own. A response cut here to fit into `max_length`
     loses its end token, as it should.
     """
-    one_vocabulary = teacher is not None and same_vocabulary(student, teacher)
     known = [[] if a.ids is None else a.ids for a in answers]
-    if one_vocabulary:
-        ours = [with_response(p.student, ids) for p, ids in zip(prompts, known, strict=True)]
-    else:
-        ours = encode_answers(student, prompts, answers)
-    theirs = ours
+    if teacher is not None and same_vocabulary(student, teacher):
+        return id_examples(prompts, known, max_length)
+    theirs = ours = encode_answers(student, prompts, answers)
     if teacher is not None:
         theirs = [with_response(p.teacher, ids) for p, ids in zip(prompts, known, strict=True)]
     return [
-        _cut(mine, its, prompt.conversation.where, max_length, one_vocabulary)
+        _cut(mine, its, prompt.conversation.where, max_length, False)
         for prompt, mine, its in zip(prompts, ours, theirs, strict=True)
+    ]
+
+
+def id_examples(
+    prompts: Sequence[Prompt], responses: Sequence[list[int]], max_length: int
+) -> list[Example]:
+    """Examples on responses whose ids both models read as they are: they share a vocabulary."""
+    return [
+        _cut(
+            with_response(prompt.student, ids),
+            with_response(prompt.teacher, ids),
+            prompt.conversation.where,
+            max_length,
+            True,
+        )
+        for prompt, ids in zip(prompts, responses, strict=True)
     ]
 
 
@@ -1365,7 +1435,7 @@ class TeacherStates:
         self.path = Path(args.cache_dir) / "states" / f"{self._key()}.bin"
         with (
             make_writable(self.path.parent),
-            _one_writer(self.path.with_suffix(".lock"), accelerator),
+            one_writer(self.path.with_suffix(".lock"), accelerator),
         ):
             if accelerator.is_main_process:
                 self._make_room(purpose)
@@ -1458,7 +1528,7 @@ class TeacherStates:
                     stream.write(states)
                     stream.flush()
                     os.fsync(stream.fileno())
-                    _append(self.path.with_suffix(".done"), [f"{i} {zlib.crc32(states)}\n"])
+                    append_lines(self.path.with_suffix(".done"), [f"{i} {zlib.crc32(states)}\n"])
                 bar.update()
         bar.close()
 
@@ -1508,10 +1578,11 @@ def divergence(
         student · (f − Σ student · f); constants in f drop out.
     """
     kl, a, beta = objective.kl, objective.skew, objective.jsd_beta
-    teacher, student = teacher_logprobs.exp(), student_logprobs.exp()
-    if kl == "forward" and a == 0:
+    teacher = teacher_logprobs.exp()
+    if kl == "forward" and a == 0:  # in an order that keeps four (n, V) arrays at most
         value = torch.linalg.vecdot(teacher, teacher_logprobs - student_logprobs)
-        return value, student.sub_(teacher)
+        return value, student_logprobs.exp().sub_(teacher)
+    student = student_logprobs.exp()
     if kl == "reverse" and a == 0:
         slope = student_logprobs - teacher_logprobs
         value = (student * slope).sum(-1)
@@ -1554,8 +1625,9 @@ class _ChunkedLoss(torch.autograd.Function):
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wide = torch.promote_types(states.dtype, torch.float32)
         sums = torch.zeros(2, dtype=wide, device=states.device)  # divergence, cross-entropy
-        # Float32 master weights are rounded to the product's dtype once, not per chunk.
-        student = student._replace(weight=weight.detach().to(states.dtype), bias=bias)
+        student = student._replace(weight=weight, bias=bias).ready(states.dtype, states.device)
+        if teacher is not None:
+            teacher = teacher.ready(teacher_states.dtype, states.device)
         grad_states = torch.empty_like(states) if wants_states else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None
@@ -1564,22 +1636,25 @@ class _ChunkedLoss(torch.autograd.Function):
             piece = slice(start, start + rows)
             logits = student.logits(states[piece])
             gradient = None
-            if teacher is not None:
-                t = objective.temperature
-                value, slope = divergence(
-                    log_softmax_with_temperature(logits, t),
-                    log_softmax_with_temperature(teacher.logits(teacher_states[piece]), t),
-                    objective,
-                )
-                sums[0] += value.sum()
-                gradient = slope.mul_(t)  # T² from the loss, 1/T from logits / T
             if objective.ce_weight:
                 logprobs = log_softmax_with_temperature(logits)
                 target = targets[piece, None]
                 sums[1] -= logprobs.gather(1, target).sum()
-                slope = logprobs.exp_()
-                slope.scatter_add_(1, target, -torch.ones_like(target, dtype=slope.dtype))
-                slope.mul_(objective.ce_weight)
+                gradient = logprobs.exp_()
+                gradient.scatter_add_(1, target, -torch.ones_like(target, dtype=gradient.dtype))
+                gradient.mul_(objective.ce_weight)
+            if teacher is not None:
+                t = objective.temperature
+                logprobs = log_softmax_with_temperature(logits, t)
+                if student.softcap is None:
+                    logits = None  # as large as the rest, and not needed any more
+                value, slope = divergence(
+                    logprobs,
+                    log_softmax_with_temperature(teacher.logits(teacher_states[piece]), t),
+                    objective,
+                )
+                sums[0] += value.sum()
+                slope.mul_(t)  # T² from the loss, 1/T from logits / T
                 gradient = slope if gradient is None else gradient.add_(slope)
             gradient = student.transform_backward(gradient, logits)
             if wants_bias:
@@ -1648,6 +1723,7 @@ def token_logprobs(states: Tensor, head: Head, targets: Tensor) -> Tensor:
         logprobs = log_softmax_with_temperature(head.logits(states))
         return logprobs.gather(1, targets[:, None])[:, 0]
 
+    head = head.ready(states.dtype, states.device)
     rows = chunk_rows(head.weight.shape[0], states.device)
     with torch.autocast(states.device.type, enabled=False):
         chunks = [
@@ -1672,6 +1748,8 @@ def compare(
 ) -> Comparison:
     """What evaluation needs of two models' distributions, chunk by chunk."""
     pieces = []
+    student = student.ready(student_states.dtype, student_states.device)
+    teacher = teacher.ready(teacher_states.dtype, student_states.device)
     rows = chunk_rows(student.weight.shape[0], student_states.device)
     for start in range(0, len(targets), rows):
         piece = slice(start, start + rows)
@@ -1742,75 +1820,192 @@ def generate(
     top_p: float = 1.0,
     batch_size: int = 256,
 ) -> Iterator[tuple[int, Response]]:
-    """Answers to `prompts` (ids), as (index, response), shortest prompts first.
+    """Answers to `prompts` (ids), as (index, response) in the order in which they are finished.
 
-    Nothing is taken from the model's generation_config but its end tokens.
+    Prompts are taken up shortest first, `batch_size` at a time; where a quarter of the rows have
+    left, the next prompts take their places. Nothing is taken from the model's
+    generation_config but its end tokens.
     """
     if not prompts:
         return  # a teacher whose text is all known need not be loaded
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     training = model.model.training
     model.model.eval()  # also ends gradient checkpointing, which would switch the KV cache off
+    writer = _Writer(model, prompts, seeds, max_new_tokens, temperature, top_p)
     try:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            written = _generate_batch(
-                model, [prompts[i] for i in rows], [seeds[i] for i in rows],
-                max_new_tokens, temperature, top_p,
-            )  # fmt: skip
-            yield from zip(rows, written, strict=True)
+        while waiting or writer.rows:
+            free = batch_size - len(writer.rows)
+            if waiting and (not writer.rows or (4 * free >= batch_size and writer.can_join)):
+                writer.take_up(waiting[:free])
+                waiting = waiting[free:]
+            yield from writer.write()
     finally:
         model.model.train(training)
 
 
-@torch.inference_mode()
-def _generate_batch(
-    model: LanguageModel,
-    prompts: list[list[int]],
-    seeds: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-) -> list[Response]:
-    device, width = model.device, max(map(len, prompts))
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])  # (B, T)
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask, ids = mask.to(device), ids.to(device)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    draws = uniforms(seeds, max_new_tokens)
-    draws = draws.to(device, torch.float32 if device.type == "mps" else torch.float64)
-    ends = torch.tensor(model.end_ids, device=device)
-    head, cache = model.head(), DynamicCache(config=model.model.config)
-    longest = model.max_positions or width + max_new_tokens
-    room = torch.tensor([longest - len(p) for p in prompts], device=device).clamp_max(
-        max_new_tokens
-    )
-    looks = 1 if device.type == "cpu" else 8  # at who has finished; each look waits for the device
-    out = torch.full((len(prompts), max_new_tokens), -1, device=device)
-    alive = torch.arange(len(prompts), device=device)  # rows of `out` still being written
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for step in range(max_new_tokens):
-        states = model.backbone(
-            input_ids=ids, attention_mask=mask, position_ids=positions,
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room behind them, so that a new token does not copy all before it."""
+
+    step = 64  # tokens by which the room grows
+    rooms: tuple[Tensor, Tensor] | None = None  # (B, heads, room, d) each
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        length = self.get_seq_length()
+        total = length + key_states.shape[-2]
+        if self.rooms is None or total > self.rooms[0].shape[-2]:
+            key_states, value_states = super().update(key_states, value_states)
+            length = 0
+            self.rooms = tuple(
+                t.new_empty((*t.shape[:-2], total + self.step, t.shape[-1]))
+                for t in (key_states, value_states)
+            )
+        for room, new in zip(self.rooms, (key_states, value_states), strict=True):
+            room[..., length:total, :] = new
+        self.keys, self.values = (room[..., :total, :] for room in self.rooms)
+        return self.keys, self.values
+
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values, self.rooms = keys, values, None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.replace(self.keys[indices], self.values[indices])
+
+
+class _Writer:
+    """Rows being written side by side, aligned at their last token, padded on the left.
+
+    Rows that are finished leave and others may join: keys know their own positions, so that it
+    does not matter in which column of the cache they stand.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+    ) -> None:
+        self.model, self.prompts, self.seeds = model, prompts, seeds
+        self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
+        self.device = model.device
+        self.longest = model.max_positions or sys.maxsize
+        # Each look at who has finished waits for the device; until then rows write on.
+        self.looks = 1 if self.device.type == "cpu" else 8
+        self.head = model.head().ready(model.compute_dtype, self.device)
+        self.ends = torch.tensor(model.end_ids, device=self.device)
+        self.rows: list[int] = []  # places in `prompts`, in the order of the state's rows
+        self.state: dict[str, Tensor] = {}
+        self.cache = DynamicCache()
+
+    @property
+    def can_join(self) -> bool:
+        """Whether every layer keeps all that it was given, column by column."""
+        return all(type(layer) is _RoomyLayer for layer in self.cache.layers)
+
+    @torch.inference_mode()
+    def take_up(self, rows: list[int]) -> None:
+        """Read the prompts of new rows and write a first token for each."""
+        chosen = [self.prompts[i] for i in rows]
+        width, columns = max(map(len, chosen)), self.max_new_tokens + self.looks
+        left = [width - len(p) for p in chosen]
+        ids = torch.tensor([[0] * n + p for n, p in zip(left, chosen, strict=True)])
+        limits = [min(self.max_new_tokens, self.longest - len(p)) for p in chosen]
+        draws = uniforms([self.seeds[i] for i in rows], columns)
+        state = {
+            "mask": (torch.arange(width) >= torch.tensor(left)[:, None]).long(),  # (B, T)
+            "position": torch.tensor([[len(p) - 1] for p in chosen]),  # of the last token read
+            "limit": torch.tensor(limits),
+            "written": torch.zeros(len(rows), dtype=torch.long),
+            "ended": torch.zeros(len(rows), dtype=torch.bool),
+            "out": torch.full((len(rows), columns), -1),
+            "draws": draws.to(torch.float32 if self.device.type == "mps" else torch.float64),
+        }
+        state = {name: t.to(self.device) for name, t in state.items()}
+        cache = DynamicCache(config=self.model.model.config)
+        cache.layers = [_RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
+        positions = (state["mask"].cumsum(-1) - 1).clamp_min(0)
+        self._advance(state, cache, ids.to(self.device), positions)
+        if self.rows:
+            state, cache = self._joined(state, cache)
+        self.rows, self.state, self.cache = self.rows + rows, state, cache
+
+    def _advance(
+        self, state: dict[str, Tensor], cache: DynamicCache, ids: Tensor, positions: Tensor
+    ) -> None:
+        """Read `ids` (B, t) and write one more token in every row."""
+        states = self.model.backbone(
+            input_ids=ids, attention_mask=state["mask"], position_ids=positions,
             past_key_values=cache, use_cache=True,
         ).last_hidden_state[:, -1]  # fmt: skip
-        tokens = sample(head.logits(states), draws[alive, step], temperature, top_p)
-        out[alive, step] = tokens
-        ended |= torch.isin(tokens, ends) | (step + 1 >= room[alive])
-        ids, positions = tokens[:, None], (positions[:, -1:] + 1).clamp_max(longest - 1)
-        if (step + 1) % looks == 0 and bool(ended.any()):
-            stay = (~ended).nonzero()[:, 0]
-            if len(stay) == 0:
-                break
-            cache.batch_select_indices(stay)
-            alive, ended = alive[stay], ended[stay]
-            ids, positions, mask = ids[stay], positions[stay], mask[stay]
-        mask = F.pad(mask, (0, 1), value=1)
-    responses = []
-    for row, length in zip(out.tolist(), room.tolist(), strict=True):
-        stop = next((i for i, token in enumerate(row[:length]) if token in model.end_ids), None)
-        responses.append(Response(row[: length if stop is None else stop + 1], stop is not None))
-    return responses
+        place = state["written"][:, None]
+        draws = state["draws"].gather(1, place)[:, 0]
+        tokens = sample(self.head.logits(states), draws, self.temperature, self.top_p)
+        state["out"].scatter_(1, place, tokens[:, None])
+        state["written"] = state["written"] + 1
+        state["last"] = tokens
+        over = state["written"] >= state["limit"]
+        state["ended"] = state["ended"] | torch.isin(tokens, self.ends) | over
+
+    def _joined(
+        self, state: dict[str, Tensor], cache: DynamicCache
+    ) -> tuple[dict[str, Tensor], DynamicCache]:
+        """The rows here and new ones below, without leading columns that are padding in all."""
+        masks = [self.state["mask"], state["mask"]]
+        width = max(mask.shape[1] for mask in masks)
+        pads = [width - mask.shape[1] for mask in masks]
+        mask = torch.cat([F.pad(m, (n, 0)) for m, n in zip(masks, pads, strict=True)])
+        first = int(mask.amax(0).argmax())
+        for old, new in zip(self.cache.layers, cache.layers, strict=True):
+            both = [
+                torch.cat(
+                    [
+                        F.pad(t, (0, 0, n, 0))[..., first:, :]
+                        for t, n in zip(pair, pads, strict=True)
+                    ]
+                )
+                for pair in ((old.keys, new.keys), (old.values, new.values))
+            ]
+            old.replace(*both)
+        merged = {
+            name: torch.cat([self.state[name], new])
+            for name, new in state.items()
+            if name != "mask"
+        }
+        return merged | {"mask": mask[:, first:]}, self.cache
+
+    @torch.inference_mode()
+    def write(self) -> list[tuple[int, Response]]:
+        """Let finished rows leave, and write on in the others until it is time to look again."""
+        left = self._leave()
+        for _ in range(self.looks if self.rows else 0):
+            state = self.state
+            state["mask"] = F.pad(state["mask"], (0, 1), value=1)
+            state["position"] = (state["position"] + 1).clamp_max(self.longest - 1)
+            self._advance(state, self.cache, state["last"][:, None], state["position"])
+        return left
+
+    def _leave(self) -> list[tuple[int, Response]]:
+        stay = (~self.state["ended"]).nonzero()[:, 0]
+        if len(stay) == len(self.rows):
+            return []
+        gone = self.state["ended"].nonzero()[:, 0]
+        responses = []
+        written = self.state["out"][gone].tolist(), self.state["limit"][gone].tolist()
+        for i, row, length in zip(gone.tolist(), *written, strict=True):
+            stop = next(
+                (k for k, token in enumerate(row[:length]) if token in self.model.end_ids), None
+            )
+            ids = row[: length if stop is None else stop + 1]
+            responses.append((self.rows[i], Response(ids, stop is not None)))
+        self.rows = [self.rows[i] for i in stay.tolist()]
+        if self.rows:
+            self.state = {name: t[stay] for name, t in self.state.items()}
+            self.cache.batch_select_indices(stay)
+        return responses
 
 
 def as_answer(model: LanguageModel, response: Response) -> Answer:
@@ -2029,6 +2224,9 @@ def scores(rows: list[Row]) -> Scores:
     if "nats" in rows[0]:
         found["nats_per_token"] = ratio("nats", "tokens")
         found["bits_per_byte"] = ratio("text_nats", "bytes") / math.log(2)
+    if "own_kl" in rows[0]:
+        found["kl_on_own_text"] = ratio("own_kl", "own_tokens")
+        found["exposure_bias"] = found["kl_on_own_text"] / max(found["kl_to_teacher"], 1e-9)
     return found | {
         "exact_match": sum(r["exact"] for r in rows) / len(rows),
         "error_rate": ratio("edits", "reference_words"),
@@ -2202,8 +2400,16 @@ def show(bar: tqdm, numbers: dict[str, float]) -> None:
 class Run:
     """A run's directory: what it was asked, what it measured, what it made."""
 
-    def __init__(self, script: str, args: CommonArguments, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        script: str,
+        args: CommonArguments,
+        accelerator: Accelerator,
+        teacher: str | None = None,
+    ) -> None:
+        """Claim or find the directory; `teacher` names one that --teacher does not."""
         self.script, self.args, self.accelerator = script, args, accelerator
+        self.teacher = teacher or Path(args.teacher).name
         self.pending: list[tuple[int, dict[str, Any], list[str]]] = []
         self.rate = (time.perf_counter(), 0)
         self.earlier = 0.0  # seconds that a resumed run took before
@@ -2437,7 +2643,6 @@ class Run:
         if self.accelerator.num_processes > 1:
             # A process that just exits can abort those that still talk to it.
             self.accelerator.wait_for_everyone()
-            torch.distributed.destroy_process_group()
 
     def _write_results(
         self,
@@ -2484,8 +2689,8 @@ class Run:
             [
                 "---", "library_name: transformers", "pipeline_tag: text-generation",
                 "tags: [distillation]", "---", "",
-                f"# {Path(args.student).name}, distilled from {Path(args.teacher).name}", "",
-                f"- method: `{self.script}.py`", f"- teacher: `{Path(args.teacher).name}`",
+                f"# {Path(args.student).name}, distilled from {self.teacher}", "",
+                f"- method: `{self.script}.py`", f"- teacher: `{self.teacher}`",
                 f"- student: `{Path(args.student).name}`", f"- data: `{Path(args.dataset).name}`",
                 f"- flags: `{flags or 'none'}`", "", "```", table, "```", "",
             ]

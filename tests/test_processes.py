@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, tiny_model
+from safetensors.torch import load_file
 
 # token_level.py, which also leaves the first step's gradients, before clipping, beside its run,
 # and which has several batches of teacher states to share out.
@@ -48,30 +50,37 @@ def place(tmp_path_factory, tokenizer) -> Path:
     return directory
 
 
-def train(place: Path, name: str, processes: int, *flags: str) -> tuple[torch.Tensor, list[dict]]:
-    """First gradient (all parameters in a row) and metrics of a run in its own cache."""
-    command = [sys.executable]
+def command(name: str, processes: int, *flags: str) -> list[str]:
+    """A run on 60 rows for 20 steps in its own directory and, unless told so, its own cache."""
+    start = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     options = {
         "teacher": "teacher", "student": "student", "max-rows": 60, "eval-size": 7,
         "max-new-tokens": 8, "max-steps": 20, "warmup-steps": 2, "logging-steps": 3,
         "eval-steps": 9, "output-dir": name, "cache-dir": f"cache-{name}",
     }  # fmt: skip
     given = [str(part) for flag, value in options.items() for part in (f"--{flag}", value)]
+    return [*start, "script.py", *given, *flags, f"{name}.pt"]
+
+
+ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def train(place: Path, name: str, processes: int, *flags: str) -> tuple[torch.Tensor, list[dict]]:
+    """First gradient (all parameters in a row) and metrics of a run."""
     done = subprocess.run(
-        [*command, "script.py", *given, *flags, f"{name}.pt"],
-        cwd=place,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+        command(name, processes, *flags), cwd=place, env=ENVIRONMENT,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     said = [line for line in done.stderr.splitlines() if "rror: " in line]
     assert done.returncode == 0, "\n".join(said) or done.stderr[-3000:]
     assert done.stdout.count("run directory") == done.stdout.count("gap recovered") == 1
-    lines = (place / name / "metrics.jsonl").read_text().splitlines()
-    return torch.load(place / f"{name}.pt"), [json.loads(line) for line in lines]
+    return torch.load(place / f"{name}.pt"), metrics(place / name)
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same_steps(one: tuple[torch.Tensor, list], two: tuple[torch.Tensor, list]) -> None:
@@ -98,6 +107,33 @@ def test_two_processes_fill_a_cache_and_train_as_one(place):
     for ours, theirs in zip(*files, strict=True):
         assert ours.name == theirs.name
         assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_processes_stop_together_and_resume(place):
+    """SIGTERM to the launcher: one checkpoint of both processes, and the same run afterwards."""
+    flags = ("--batch-size", "8", "--micro-batch-size", "3", "--logging-steps", "1")
+    whole = train(place, "uncut", 2, *flags)
+    flags += ("--cache-dir", "cache-uncut")
+    with open(place / "cut.txt", "wb") as out:
+        process = subprocess.Popen(
+            command("cut", 2, *flags, "--save-steps", "4"),
+            cwd=place, env=ENVIRONMENT, stdout=out, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    while process.poll() is None and not (place / "cut/checkpoints/step-000004").exists():
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() != 0
+    said = (place / "cut.txt").read_text()
+    assert said.count("stopped after step") == 1
+    assert not (place / "cut" / "results.json").exists()
+    _, lines = train(place, "cut", 2, *flags, "--resume")
+    speed = "speed/tokens_per_second"
+    for one, two in zip(whole[1], lines, strict=True):
+        assert {k: v for k, v in one.items() if k != speed} == {
+            k: v for k, v in two.items() if k != speed
+        }
+    ours, theirs = (load_file(place / n / "final/model.safetensors") for n in ("cut", "uncut"))
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
 def test_unequal_padding_and_an_empty_last_micro_batch(place):

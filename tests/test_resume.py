@@ -149,12 +149,13 @@ def test_killed_at_many_moments(uncut, tmp_path):
     assert results[0]["before"] == results[1]["before"]
 
 
-def test_sigterm_saves_and_says_how_to_go_on(uncut, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(number, code, uncut, tmp_path):
     shutil.copytree(uncut.parent / "runs", tmp_path / "runs")
     process = begin(tmp_path)
     assert wait_for(process, (tmp_path / "run" / "checkpoints" / "step-000004").exists)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143
+    process.send_signal(number)
+    assert process.wait() == code
     said = (tmp_path / "out.txt").read_text().splitlines()[-1]
     assert said.startswith("stopped after step")
     command = said.partition("to go on: python token_level.py ")[2].split()
@@ -162,6 +163,25 @@ def test_sigterm_saves_and_says_how_to_go_on(uncut, tmp_path):
     done = run_script("token_level.py", *command, cwd=tmp_path, **ONE_THREAD)
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
+    assert_same(tmp_path / "run", uncut)
+
+
+def test_a_second_interrupt_ends_the_run_at_once(uncut, tmp_path):
+    """No checkpoint of its own, no traceback; --resume goes on from the one before."""
+    shutil.copytree(uncut.parent / "runs", tmp_path / "runs")
+    process = begin(tmp_path)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert wait_for(process, (checkpoints / "step-000004").exists)
+    os.kill(process.pid, signal.SIGSTOP)  # so that both signals meet the same step
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        os.kill(process.pid, signal.SIGCONT)
+        time.sleep(0.005)
+    assert process.wait() == 130
+    said = (tmp_path / "out.txt").read_text()
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == "interrupted" or "stopped after step" in said
+    assert begin(tmp_path, "--resume").wait() == 0, (tmp_path / "out.txt").read_text()
     assert_same(tmp_path / "run", uncut)
 
 

@@ -1,0 +1,347 @@
+"""sequence_level.py: its loss, what it selects, what it learns, and that a cut costs nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from conftest import ROOT, run_script
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+import common
+import sequence_level
+import token_level
+from common import Answer, Conversation, Tokens, UsageError
+
+FLAGS = {
+    "max_rows": 64, "batch_size": 8, "micro_batch_size": 4, "max_steps": 12, "warmup_steps": 2,
+    "eval_size": 8, "eval_steps": 0, "save_steps": 4, "generation_batch_size": 4,
+}  # fmt: skip
+WORDS = [w for name, value in FLAGS.items() for w in (f"--{name.replace('_', '-')}", str(value))]
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A loop left by an exception leaves its signal handlers behind."""
+    before = [(s, signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+def in_process(script, output_dir: Path, **changes: object) -> Path:
+    """A script's `main`, which saves the seconds that a process takes to start."""
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    torch.set_num_threads(1)
+    cache = str(output_dir.parent / "cache")
+    flags = {"cache_dir": cache, **FLAGS, "output_dir": str(output_dir), **changes}
+    script.main(script.Arguments(**flags))
+    return output_dir
+
+
+def assert_same_student(run: Path, other: Path) -> None:
+    ours, theirs = (load_file(r / "final" / "model.safetensors") for r in (run, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
+
+
+def results(run: Path) -> dict:
+    return json.loads((run / "results.json").read_text())
+
+
+def text_lines(directory: Path) -> list[dict]:
+    """What lies in the cache of teacher text, file by file in the order of writing."""
+    files = sorted((directory / "text").glob("*.jsonl"))
+    return [json.loads(line) for f in files for line in f.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory) -> Path:
+    """A run as a user starts it, which nothing interrupts; the cache lies beside it."""
+    directory = tmp_path_factory.mktemp("uncut")
+    flags = (*WORDS, "--output-dir", "run", "--cache-dir", "cache")
+    done = run_script("sequence_level.py", *flags, cwd=directory, **ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    assert "training text: 64 of 64 answers kept (0 cut short, 0 too long, 0 empty, 0 du" in (
+        done.stdout
+    )
+    return directory / "run"
+
+
+# --------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gpt2"])
+def test_gradient_is_that_of_plain_cross_entropy(kind, tiny):
+    """In float64 (norms stay float32), against automatic differentiation of plain logits."""
+    student = tiny(kind)
+    student.model.double()
+    student.compute_dtype = torch.float64
+    examples = [Tokens([5, 9, 17, 30, 1], [2, 3, 4]), Tokens([7, 8, 40, 41, 42, 43, 1], [3, 6])]
+    batch = common.collate(examples, torch.device("cpu"))
+    loss = sequence_level.SequenceLevelLoss(student)(batch)
+    loss.backward()
+    got = {n: p.grad.clone() for n, p in student.model.named_parameters()}
+    student.model.zero_grad()
+    plain = 0.0
+    for ids, targets in examples:
+        logits = student.model(input_ids=torch.tensor([ids])).logits[0]
+        wanted = torch.tensor([ids[i] for i in targets])
+        rows = logits[[i - 1 for i in targets], : student.vocabulary].double()
+        plain = plain + F.cross_entropy(rows, wanted, reduction="sum")
+    plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-12)
+    for name, parameter in student.model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------ the selection
+
+
+def selected(tiny, talks: list[Conversation], answers: list[Answer], **flags: object):
+    student = tiny("llama")
+    prompts = common.encode_for_both(talks, student, None, 100)
+    args = sequence_level.Arguments(**flags)
+    asked = []
+
+    def write(prompts, **settings):
+        asked.append(([p.conversation.where for p in prompts], settings))
+        return answers
+
+    return sequence_level.select(prompts, student, None, write, args), asked
+
+
+def talk(word: str, *references: str) -> Conversation:
+    return Conversation([{"role": "user", "content": word}], None, list(references), f"row {word}")
+
+
+def test_what_is_selected(tiny):
+    talks = [talk("a", "A B"), talk("b", "B"), talk("a", "A B")]
+    said = [
+        ("A B", True), ("A  B ", True),  # equal words, another text: kept
+        ("B", False), (" \n", True),  # cut, empty
+        ("A B", True), ("A " * 300, True),  # the first row's answer again, too long
+    ]  # fmt: skip
+    answers = [Answer(text, finished, 3, None) for text, finished in said]
+    flags = {"samples_per_prompt": 2, "sampling_temperature": 0.7, "top_p": 0.9, "max_length": 200}
+    text, asked = selected(tiny, talks, answers, **flags)
+    assert asked == [
+        (["row a", "row a", "row b", "row b", "row a", "row a"],
+         {"temperature": 0.7, "top_p": 0.9, "purpose": "training text"})
+    ]  # fmt: skip
+    assert text.selection == {
+        "written": 6, "kept": 2, "cut_short": 1, "too_long": 1, "empty": 1, "duplicates": 1,
+    }  # fmt: skip
+    assert [(c.where, t) for c, t in text.rows] == [("row a", "A B"), ("row a", "A  B ")]
+    assert [e.where for e in text.examples] == ["row a", "row a"]
+
+
+def test_answers_that_match_a_reference(tiny):
+    talks = [talk(w, "A B", "C") for w in "vwxyz"]
+    said = ["C", "B A", "<think>\nA or C?\n</think>\n\nA  B", "<think>C</think>D", "A B C"]
+    answers = [Answer(text, True, 3, None) for text in said]
+    text, _ = selected(tiny, talks, answers, keep_matching=True)
+    assert [t for _, t in text.rows] == [said[0], said[2]]
+    assert text.selection["not_matching"] == 3
+    with pytest.raises(UsageError, match=r"nothing is left .* 0 of 5 answers kept .* 5 not match"):
+        selected(tiny, talks, [Answer("E", True, 1, None)] * 5, keep_matching=True)
+
+
+def test_only_what_was_never_learned_from_counts_as_a_duplicate(tiny):
+    """The same answer to another prompt, or first seen cut, is no repetition."""
+    talks = [talk("a"), talk("b"), talk("a")]
+    answers = [Answer("A", False, 1, None), Answer("A", True, 1, None), Answer("A", True, 1, None)]
+    text, _ = selected(tiny, talks, answers)
+    assert [c.where for c, _ in text.rows] == ["row b", "row a"]
+
+
+# ------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--samples-per-prompt 2", "one answer many times"),
+        ("--samples-per-prompt 0", "--samples-per-prompt and --api-concurrency must be 1 or more"),
+        ("--keep-matching --completions dataset", "select from the teacher's text"),
+        ("--api-model m", "--api-model needs --api-base-url"),
+        ("--api-base-url http://h/v1", "needs --api-model"),
+        ("--api-base-url http://h/v1 --api-model m --teacher t", "--teacher is for a teacher"),
+        ("--api-base-url http://h/v1 --api-model m --teacher-dtype float16", "--teacher-dtype is"),
+        ("--api-base-url h/v1 --api-model m", "must look like https://HOST/v1"),
+        ("--api-base-url http://:secret@h/v1 --api-model m", "a key belongs in the environment"),
+        ("--api-base-url http://h/v1?key=secret --api-model m", "a key belongs in the environ"),
+        ("--sampling-temperature -1", "--sampling-temperature must be"),
+        ("--dataset bare.jsonl --keep-matching", "bare.jsonl:3: no reference that --keep-match"),
+    ],
+)
+def test_wrong_input_ends_with_one_sentence(flags, words, tmp_path, monkeypatch, capsys):
+    rows = [{"prompt": "river", "reference": "R"}, {"prompt": "held out"}, {"prompt": "seven"}]
+    (tmp_path / "bare.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sequence_level.py", "--eval-size", "1", *flags.split()])
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    with pytest.raises(SystemExit) as ended:
+        common.launch(sequence_level.main, sequence_level.Arguments, "")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and words in said and said.count("\n") == 1
+    assert "secret" not in said
+    assert [p.name for p in tmp_path.iterdir()] == ["bare.jsonl"]
+
+
+def test_temperature_is_another_name_for_the_sampling_temperature(capsys):
+    """Help shows one flag with two names, and nothing speaks of a softmax temperature."""
+
+    def parse(*words: str) -> sequence_level.Arguments:
+        return common.parse_arguments(sequence_level.Arguments, "", list(words))
+
+    assert parse("--temperature", "0.6").sampling_temperature == 0.6
+    assert parse("--sampling-temperature", "0.6") == parse("--temperature", "0.6")
+    assert "temperature" not in vars(parse("--temperature", "0.6"))
+    with pytest.raises(SystemExit):
+        parse("--help")
+    shown = capsys.readouterr().out
+    assert "--sampling-temperature, --temperature N" in shown and "softmax" not in shown
+
+
+# ------------------------------------------------------------------------------- as a user runs it
+
+
+def test_the_text_is_that_of_the_other_scripts(uncut, tmp_path):
+    """Equal flags find it: token_level adds its evaluation's samples and nothing else."""
+    before = text_lines(uncut.parent / "cache")
+    in_process(
+        token_level, tmp_path / "token", cache_dir=str(uncut.parent / "cache"), max_steps=2,
+        sampling_temperature=sequence_level.Arguments.sampling_temperature,
+    )  # fmt: skip
+    assert text_lines(uncut.parent / "cache") == before
+
+
+def test_more_samples_begin_with_the_one_that_others_find(tmp_path):
+    """Of n samples the first is that of n = 1; the rest are others, and are selected from."""
+    token = in_process(token_level, tmp_path / "token", max_steps=2, max_rows=24)
+    first = {line["key"]: line for line in text_lines(tmp_path / "cache")}
+    flags = {"max_steps": 2, "max_rows": 24, "sampling_temperature": 1.0}
+    run = in_process(sequence_level, tmp_path / "run", samples_per_prompt=3, **flags)
+    assert (token / "results.json").exists()
+    lines = {line["key"]: line for line in text_lines(tmp_path / "cache")}
+    assert lines.items() >= first.items()
+    new = [line for key, line in lines.items() if key not in first]
+    written = results(run)["training_text"]
+    assert written["written"] == 72 and len(new) == 48
+    rows = common.load_conversations(str(run / "completions.jsonl"))
+    texts: dict[str, set[str]] = {}
+    for row in rows:
+        texts.setdefault(str(row.messages), set()).add(row.response)
+    assert len(rows) == written["kept"] == sum(map(len, texts.values()))
+    assert written["duplicates"] > 0 and {len(t) for t in texts.values()} == {1, 2, 3}
+
+
+def test_what_was_learned_from_is_a_data_set(uncut, tmp_path):
+    """completions.jsonl trains the same student again, and any other script's.
+
+    On questions without earlier turns: of those a data set's own answers are targets too.
+    """
+    asked = (common.DATA / "train.jsonl").read_text().splitlines(keepends=True)
+    single = [line for line in asked if line.count('"role"') == 2][:48]
+    (tmp_path / "single.jsonl").write_text("".join(single))
+    flags = {
+        "eval_dataset": str(common.DATA / "eval.jsonl"), "cache_dir": str(uncut.parent / "cache"),
+        "max_rows": 0,
+    }  # fmt: skip
+    run = in_process(
+        sequence_level, tmp_path / "run", dataset=str(tmp_path / "single.jsonl"), **flags
+    )
+    rows = common.load_conversations(str(run / "completions.jsonl"))
+    original = common.load_conversations(str(tmp_path / "single.jsonl"))
+    assert [r.messages for r in rows] == [r.messages for r in original]
+    assert [r.references for r in rows] == [r.references for r in original]
+    assert 15 < sum(r.response in r.references for r in rows) < 45  # the teacher's, errors and all
+    flags |= {"dataset": str(run / "completions.jsonl"), "completions": "dataset"}
+    again = in_process(sequence_level, tmp_path / "again", **flags)
+    assert_same_student(again, run)
+    assert not (again / "completions.jsonl").exists()
+    assert results(again)["training_text"] == {}
+    token = in_process(token_level, tmp_path / "token", **flags | {"max_steps": 2})
+    steps = [json.loads(x) for x in (token / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < steps[1]["train/kl"] < 3
+
+
+def test_student_with_another_tokenizer_learns(tmp_path):
+    """80 steps on greedy text: better on held-out words in everything that can be compared."""
+    flags = ("--max-rows", "2560", "--epochs", "2", "--eval-size", "300", "--eval-steps", "0")
+    flags += ("--student", str(common.DATA / "student_other_tokenizer"), "--output-dir", "run")
+    done = run_script("sequence_level.py", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = results(tmp_path / "run")
+    before, after = found["before"], found["after"]
+    assert "kl_to_teacher" not in after
+    assert after["bits_per_byte"] < 0.9 * before["bits_per_byte"]
+    assert after["error_rate"] < 0.97 * before["error_rate"]
+    assert after["exact_match"] > before["exact_match"]
+    assert after["cut_off"] == 0
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(losses) == 80 and sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+# --------------------------------------------------------------------------------------- cuts
+
+
+def wait_for(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> bool:
+    """Whether the moment came before the process ended."""
+    while process.poll() is None:
+        if moment():
+            return True
+        time.sleep(0.001)
+    return False
+
+
+def test_killed_while_writing_and_while_training(uncut, tmp_path):
+    """No recorded answer is written again, and the student is that of the uncut run."""
+    cache, run = tmp_path / "cache" / "text", tmp_path / "run"
+
+    def begin() -> subprocess.Popen[bytes]:
+        words = [*WORDS, "--output-dir", "run", "--cache-dir", "cache", "--resume"]
+        with open(tmp_path / "out.txt", "wb") as out:
+            return subprocess.Popen(
+                [sys.executable, str(ROOT / "sequence_level.py"), *words], cwd=tmp_path,
+                stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **ONE_THREAD},
+            )  # fmt: skip
+
+    def written() -> bytes:
+        return b"".join(p.read_bytes() for p in sorted(cache.glob("*.jsonl")))
+
+    def kill_when(moment: Callable[[], bool]) -> None:
+        process = begin()
+        came = wait_for(process, moment)
+        process.kill()
+        process.wait()
+        assert came, (tmp_path / "out.txt").read_text()
+
+    kill_when(lambda: written().count(b"\n") >= 12)
+    recorded = written()
+    recorded = recorded[: recorded.rfind(b"\n") + 1]
+    assert 12 <= recorded.count(b"\n") < 64
+    kill_when((run / "checkpoints" / "step-000004").exists)
+    assert written().startswith(recorded) or recorded in written()
+    assert begin().wait() == 0, (tmp_path / "out.txt").read_text()
+    assert text_lines(tmp_path / "cache") == text_lines(uncut.parent / "cache")
+    assert_same_student(run, uncut)
+    assert (run / "completions.jsonl").read_text() == (uncut / "completions.jsonl").read_text()
+    cut, whole = results(run), results(uncut)
+    assert cut["after"] == whole["after"] and cut["training_text"] == whole["training_text"]
