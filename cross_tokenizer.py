@@ -577,13 +577,14 @@ class _PiecewiseLoss(torch.autograd.Function):
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wide = torch.promote_types(states.dtype, torch.float32)
         sums = torch.zeros(2, dtype=wide, device=states.device)  # loss, divergence
-        rounded = weight.detach().to(states.dtype)
+        head = head._replace(weight=weight, bias=bias).ready(states.dtype, states.device)
+        teacher = teacher.ready(teacher_states.dtype, states.device)
         grad_states = torch.zeros_like(states) if wants_states else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None
         for piece in pieces:
             teacher_logits = teacher.logits(teacher_states[piece.teacher_rows])
-            raw = common.project(states[piece.rows], rounded, bias)
+            raw = common.project(states[piece.rows], head.weight, bias)
             with torch.enable_grad():
                 raw.requires_grad_()
                 parts = piece_loss(head.transform(raw), teacher_logits, piece, alignments)
@@ -593,7 +594,7 @@ class _PiecewiseLoss(torch.autograd.Function):
                 grad_bias += gradient.sum(0)
             gradient = gradient.to(states.dtype)
             if wants_states:
-                grad_states[piece.rows] = common.project(gradient, rounded.t())
+                grad_states[piece.rows] = common.project(gradient, head.weight.t())
             if wants_weight:
                 common.add_product(grad_weight, gradient, states[piece.rows])
         ctx.gradients = [grad_states, grad_weight, grad_bias]
