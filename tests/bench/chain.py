@@ -67,13 +67,13 @@ class Scorer:
         prompts = common.encode_for_both(held_out, student, teacher, self.flags.max_length)
         self.evaluator = on_policy.Evaluator(prompts, student, teacher, self.flags, accelerator)
 
-    def __call__(self, directory: Path) -> common.Scores:
-        """Scores of the student in `directory`, kept beside it."""
-        kept = directory.parent / f"{directory.name}-of-{self.flags.eval_size}.json"
+    def __call__(self, student: Path, directory: Path) -> common.Scores:
+        """Scores of a student, kept in `directory`."""
+        kept = directory / f"scores-of-{self.flags.eval_size}.json"
         if not kept.exists():
-            self.flags.student = str(directory)
-            student, _ = common.load_pair(self.flags, self.evaluator.accelerator.device)
-            common.write_json(kept, common.scores(self.evaluator(student)))
+            self.flags.student = str(student)
+            model, _ = common.load_pair(self.flags, self.evaluator.accelerator.device)
+            common.write_json(kept, common.scores(self.evaluator(model)))
         return json.loads(kept.read_text(encoding="utf-8"))
 
 
@@ -94,10 +94,11 @@ def main() -> None:
     score = Scorer(args)
     print(f"{args.eval_size} words; {args.steps} steps from {args.student}, {args.seeds} seeds")
     print(f"{'':24}" + "".join(f"{name:>20}" for name in SCORES))
-    start = score(args.student)
+    start = score(args.student, args.output_dir)
     print(f"{'the start':24}" + "".join(f"{start[name]:>20.4f}" for name in SCORES))
     for way in WAYS:
-        found = [score(runs[way, seed] / "final") for seed in range(args.seeds)]
+        ends = [runs[way, seed] for seed in range(args.seeds)]
+        found = [score(end / "final", end) for end in ends]
         cells = []
         for name in SCORES:
             values = [f[name] for f in found]
