@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,15 @@ def run_script(
     )
 
 
+def wait_for(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> bool:
+    """Whether the moment came before the process ended."""
+    while process.poll() is None:
+        if moment():
+            return True
+        time.sleep(0.001)
+    return False
+
+
 def tiny_model(kind: str, vocabulary: int, seed: int = 0, **changes: object) -> PreTrainedModel:
     """A random float32 model of an architecture with its own way to make logits."""
     torch.manual_seed(seed)
@@ -74,6 +86,15 @@ def tiny_model(kind: str, vocabulary: int, seed: int = 0, **changes: object) -> 
         )  # fmt: skip
         return GPT2LMHeadModel(config).eval()
     raise ValueError(kind)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A loop left by an exception leaves its signal handlers behind."""
+    before = [(s, signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -19,17 +19,15 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, wait_for
 from test_sequence_level import (
     ONE_THREAD,
     WORDS,
     assert_same_student,
-    handlers,  # noqa: F401  (a fixture)
     in_process,
     results,
     text_lines,
     uncut,  # noqa: F401  (a fixture)
-    wait_for,
 )
 from transformers import AutoTokenizer
 

@@ -10,13 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from conftest import ROOT, run_script, tiny_model
+from conftest import ROOT, run_script, tiny_model, wait_for
 from safetensors.torch import load_file
 
 import common
@@ -29,15 +28,6 @@ FLAGS = {
 }  # fmt: skip
 WORDS = [w for name, value in FLAGS.items() for w in (f"--{name.replace('_', '-')}", str(value))]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """A loop left by an exception leaves its signal handlers behind."""
-    before = [(s, signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT)]
-    yield
-    for number, handler in before:
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +77,6 @@ def begin(directory: Path, *flags: str) -> subprocess.Popen[bytes]:
             [sys.executable, str(ROOT / "token_level.py"), *WORDS, "--output-dir", "run", *flags],
             cwd=directory, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **ONE_THREAD},
         )  # fmt: skip
-
-
-def wait_for(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> bool:
-    """Whether the moment came before the process ended."""
-    while process.poll() is None:
-        if moment():
-            return True
-        time.sleep(0.001)
-    return False
 
 
 def test_killed_at_many_moments(uncut, tmp_path):

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, wait_for
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -29,15 +27,6 @@ FLAGS = {
 }  # fmt: skip
 WORDS = [w for name, value in FLAGS.items() for w in (f"--{name.replace('_', '-')}", str(value))]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """A loop left by an exception leaves its signal handlers behind."""
-    before = [(s, signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT)]
-    yield
-    for number, handler in before:
-        signal.signal(number, handler)
 
 
 def in_process(script, output_dir: Path, **changes: object) -> Path:
@@ -300,15 +289,6 @@ def test_student_with_another_tokenizer_learns(tmp_path):
 
 
 # --------------------------------------------------------------------------------------- cuts
-
-
-def wait_for(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> bool:
-    """Whether the moment came before the process ended."""
-    while process.poll() is None:
-        if moment():
-            return True
-        time.sleep(0.001)
-    return False
 
 
 def test_killed_while_writing_and_while_training(uncut, tmp_path):
