@@ -34,6 +34,47 @@ def loss_and_gradient(student, teacher) -> tuple[torch.Tensor, torch.Tensor]:
     return loss.detach(), torch.cat([g.flatten() for g in gradients])
 
 
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("shape", ((5, 40), (2, 3, 40), (0, 40), (1, 40)))
+def test_linear_equals_float64_whichever_library_multiplies(shape, bias, monkeypatch):
+    monkeypatch.setattr(common, "ONEDNN_FROM", 0)
+    torch.manual_seed(0)
+    x, weight, offset = torch.randn(shape), torch.randn(40, 30).t(), torch.randn(30)
+    inputs = [t.requires_grad_() for t in (x, weight, offset)[: 2 + bias]]
+    out = common.linear(*inputs)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    expected = torch.nn.functional.linear(*wide)
+    slope = torch.randn(out.shape)
+    found = torch.autograd.grad(out, inputs, slope)
+    wanted = torch.autograd.grad(expected, wide, slope.double())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not common.HAS_ONEDNN, reason="oneDNN is for x86 processors")
+def test_models_run_on_onednn_where_it_takes_the_type(monkeypatch):
+    _, student, teacher = embedded()
+    plain = loss_and_gradient(student, teacher)
+    monkeypatch.setattr(common, "ONEDNN_FROM", 0)
+    _, student, teacher = embedded()
+    calls, by_onednn = [], common._by_onednn
+
+    def counted(*inputs):
+        calls.append(inputs[0].dtype)
+        return by_onednn(*inputs)
+
+    monkeypatch.setattr(common, "_by_onednn", counted)
+    found = loss_and_gradient(student, teacher)
+    assert len(calls) > 2 * 7 * 4  # forward in both models' layers, and backward in the student's
+    for ours, theirs in zip(found, plain, strict=True):
+        assert (ours - theirs).norm() / theirs.norm() < 1e-5
+    calls.clear()
+    _, student, teacher = embedded(dtype="bfloat16", teacher_dtype="bfloat16")
+    loss_and_gradient(student, teacher)
+    assert set(calls) <= {torch.float32}  # heads are multiplied in float32
+
+
 def test_gradient_checkpointing_changes_memory_only():
     """Same gradient; and generation still uses its cache and gives the same text afterwards."""
     _, student, teacher = embedded()

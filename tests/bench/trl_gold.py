@@ -1,19 +1,23 @@
 """A training step across tokenizers here and in TRL's GOLDTrainer: seconds and memory.
 
-    python tests/bench/trl_gold.py --models DIR --trl-python /path/to/venv/bin/python [--steps 5]
+    python tests/bench/trl_gold.py --models DIR --trl-python PYTHON [--steps 5] [--cached]
 
 DIR holds smollm2 (../shared/real_models.py), which teaches a small random Llama whose byte-level
 tokenizer is trained here, on the texts of data/chat.jsonl and the words of this suite's own files.
-Both sides run in a process of their own, one after the other, on CPU in float32: the teacher live
-in every step, AdamW, gradients clipped to norm 1, no gradient checkpointing. Here --loss hybrid or
-uld, with their default weights; there use_uld_loss with TRL's defaults, extended alignment and
-cross-entropy with the weight that the loss has here.
+Both sides run in a process of their own, one after the other, on CPU in float32: AdamW, gradients
+clipped to norm 1, no gradient checkpointing. Here --loss hybrid or uld, with their default
+weights; there use_uld_loss with TRL's defaults, extended alignment and cross-entropy with the
+weight that the loss has here.
 
 A row is text: questions for a quarter of its length, then an answer, cut so that neither tokenizer
 needs more than --length tokens. It is no sense, but neither time nor memory depends on what it
 says. Prompts are plain text, the same for both models and both sides, so that the tokens are the
 same on both sides; the script fails where the student's targets differ in number. The two losses
 have different definitions and are not compared.
+
+The teacher runs live in every step on both sides. With --cached this suite does what its scripts
+do by default: the teacher reads all rows before the first step ("seconds before", per step), and
+the steps, in a second process like any later run, find its states and do not load its backbone.
 
 Seconds are the median from the end of a step to the end of the next one, without the first step.
 Memory is the process's largest resident set, and that less the resident set after both models
@@ -25,10 +29,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +112,7 @@ def run_suite(
     arguments = cross_tokenizer.Arguments(
         student=str(student_dir), teacher=str(models / "smollm2"), loss=args.loss,
         dtype="float32", teacher_dtype="float32", cache_dir=str(directory), max_length=args.length,
-        cache_teacher=False,  # the teacher runs in every step, as TRL's does
+        cache_teacher=args.cached,
         **ADAM,
     )  # fmt: skip
     accelerator = common.start("cross_tokenizer", arguments)
@@ -123,7 +129,9 @@ def run_suite(
         examples.append(common.Example(*sides, ""))
     objective = arguments.objective(student, teacher)
     alignments = cross_tokenizer.Alignments(examples, student, teacher, objective)
+    began = time.perf_counter()
     states = common.TeacherStates(teacher, examples, arguments, accelerator, "training text")
+    once = time.perf_counter() - began
     module = cross_tokenizer.CrossTokenizerLoss(student, teacher.head(), alignments)
     module, optimizer = accelerator.prepare(module, common.make_optimizer(module, arguments))
     assert all(group["betas"] == BETAS for group in optimizer.param_groups)
@@ -140,7 +148,7 @@ def run_suite(
         losses.append(loss.item() / len(batch.targets))
         targets.append(len(batch.targets))
         ends.append(clock())
-    report(ends, loaded, losses[0], targets[0])
+    report(ends, loaded, losses[0], targets[0], once / len(losses))
 
 
 def run_trl(
@@ -199,6 +207,7 @@ def measure(python: str, side: str, rows: Path, args: argparse.Namespace) -> dic
     flags = {"--models": args.models, "--side": side, "--rows": rows}
     flags |= {"--loss": args.loss, "--length": args.length}
     command = [python, __file__, *(str(word) for pair in flags.items() for word in pair)]
+    command += ["--cached"] * args.cached
     settings = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     environment = {**os.environ, **settings, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
@@ -213,6 +222,7 @@ def main() -> None:
     parser.add_argument("--trl-python", help="the python of an environment that has TRL")
     parser.add_argument("--steps", type=int, default=5, help="measured, after one to warm up")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cached", action="store_true", help="the script's default: see above")
     parser.add_argument("--loss", choices=("hybrid", "uld"), default="hybrid")
     parser.add_argument("--length", type=int, default=512, help="tokens in a row, at most")
     parser.add_argument("--vocabulary", type=int, default=8192, help="of the student, at most")
@@ -234,6 +244,8 @@ def main() -> None:
         rows = make_rows(args.models, student, BATCH * (args.steps + 1), args.length)
         file.write_text(json.dumps(rows))
         suite = measure(sys.executable, "suite", file, args)
+        if args.cached:  # a second run finds the states and does not load the teacher's backbone
+            suite |= {**measure(sys.executable, "suite", file, args), "once": suite["once"]}
         trl = measure(args.trl_python, "trl", file, args)
     assert suite["targets"] == trl["targets"], (suite, trl)
     print(f"{BATCH} x {args.length} tokens at most, {suite['targets']} targets of the student in")
@@ -243,12 +255,14 @@ def main() -> None:
     lines = {
         "seconds a step": ("seconds", 1),
         "processor seconds a step": ("cpu", 1),
+        "seconds before, for a step's rows": ("once", 1),
         "peak memory, GB": ("peak", 1e9),
         "  above the loaded models, GB": ("added", 1e9),
     }
     for name, (key, unit) in lines.items():
         ours, theirs = suite[key] / unit, trl[key] / unit
-        print(f"{name:34}{ours:>10.4g}{theirs:>10.4g}{ours / theirs:>11.4g}")
+        ratio = ours / theirs if theirs else math.nan
+        print(f"{name:34}{ours:>10.4g}{theirs:>10.4g}{ratio:>11.4g}")
 
 
 if __name__ == "__main__":
