@@ -304,7 +304,7 @@ def project(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 # PyTorch's CPU builds multiply float32 matrices with MKL, which on AMD's processors reaches two
-# thirds of what oneDNN does (half, for a head on few rows). Each new shape costs oneDNN about a
+# thirds of what oneDNN does (half, for a head on few rows). Each new shape costs oneDNN up to a
 # millisecond, which products with small weights never win back.
 ONEDNN_FROM = 2**18  # elements of the weight
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
