@@ -303,28 +303,49 @@ def project(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return out if bias is None else out + bias
 
 
-# PyTorch's CPU builds multiply float32 matrices with MKL, which on AMD's processors reaches two
-# thirds of what oneDNN does (half, for a head on few rows). Each new shape costs oneDNN up to a
-# millisecond, which products with small weights never win back.
-ONEDNN_FROM = 2**18  # elements of the weight
+# PyTorch's CPU builds multiply float32 matrices with MKL, which on AMD's processors reaches half of
+# what oneDNN does. Each new shape costs oneDNN up to a millisecond, which small products never win
+# back: it multiplies where the weight is large, or the whole product.
+ONEDNN_WEIGHT = 2**18  # elements of the weight
+ONEDNN_PRODUCTS = 2**27
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, by oneDNN where that is faster: x (..., k), weight (n, k), to (..., n)."""
-    if (
+    if weight.is_mkldnn:
+        return _by_onednn(x, weight, bias)
+    return (_OneDnnLinear.apply if _onednn_wins(x, weight) else F.linear)(x, weight, bias)
+
+
+def _onednn_wins(x: Tensor, weight: Tensor) -> bool:
+    products = x.numel() // max(1, x.shape[-1]) * weight.numel()
+    return (
         HAS_ONEDNN
-        and weight.numel() >= ONEDNN_FROM
+        and products > 0
+        and (weight.numel() >= ONEDNN_WEIGHT or products >= ONEDNN_PRODUCTS)
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-    ):
-        return _OneDnnLinear.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
+    )
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def packed(weight: Tensor) -> Tensor:
+    """A copy in oneDNN's own order, for `linear` without gradients; small weights as they are.
+
+    Otherwise every product puts the weight in order first, which takes half of its time where it
+    has few rows, as a step of generation has.
+    """
+    weight = weight.detach()
+    known = weight.device.type == "cpu" and weight.dtype == torch.float32
+    if not (HAS_ONEDNN and known and weight.numel() >= ONEDNN_WEIGHT):
+        return weight
+    few = 64  # rows; the order is the same for all numbers but the smallest
+    return torch.ops.mkldnn._reorder_linear_weight(weight, few)
 
 
 class _OneDnnLinear(torch.autograd.Function):
@@ -341,7 +362,7 @@ class _OneDnnLinear(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         return (
             _by_onednn(gradient, weight.t()) if wants_x else None,
-            rows.t() @ x.flatten(0, -2) if wants_weight else None,  # here MKL is as fast
+            _by_onednn(rows.t(), x.flatten(0, -2).contiguous().t()) if wants_weight else None,
             rows.sum(0) if wants_bias else None,
         )
 
@@ -349,8 +370,29 @@ class _OneDnnLinear(torch.autograd.Function):
 class Linear(nn.Linear):
     """A linear layer of a loaded model, on the faster of two libraries: see `linear`."""
 
+    packed: Tensor | None = None  # stands in for the weight while text is written
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight if self.packed is None else self.packed, self.bias)
+
+
+def linear_layers(model: PreTrainedModel) -> list[Linear]:
+    """Those of the backbone: a head is not called as a layer here."""
+    return [layer for layer in model.base_model.modules() if type(layer) is Linear]
+
+
+@contextlib.contextmanager
+def packed_layers(model: LanguageModel) -> Iterator[None]:
+    """Layers on `packed` copies of their weights, for as long as nothing changes those."""
+    layers = linear_layers(model.model)
+    if model.compute_dtype == torch.float32:  # autocast knows nothing of the other order
+        for layer in layers:
+            layer.packed = packed(layer.weight)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None
 
 
 @dataclass
@@ -545,6 +587,8 @@ def load_model(
     """Weights in `dtype` on `device`, in eval mode; refuses a directory with parts missing."""
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UsageError(f"{name} holds no model: there is no config.json in it")
+    if device.type == "cpu":
+        reuse_freed_memory(False)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
@@ -569,6 +613,8 @@ def load_model(
         if type(module) is nn.Linear:
             module.__class__ = Linear
     model = LanguageModel(name, model.to(device).eval(), tokenizer, compute_dtype, hash_weights)
+    if device.type == "cpu":
+        reuse_freed_memory(True)
     check_head(model)
     return model
 
@@ -1625,7 +1671,8 @@ def divergence(
     with a = `skew` (DistiLLM, Ko et al. 2024) and β = `jsd_beta` (GKD, Agarwal et al. 2024, eq. 1).
 
     Args:
-        student_logprobs, teacher_logprobs: (n, V), both at the temperature in use.
+        student_logprobs, teacher_logprobs: (n, V), both at the temperature in use. They may be
+            overwritten: with V = 150 000, another array each is what memory is short of.
 
     Returns:
         The divergence (n,) in nats, and its gradient (n, V) with respect to the *logits* whose
@@ -1634,9 +1681,9 @@ def divergence(
     """
     kl, a, beta = objective.kl, objective.skew, objective.jsd_beta
     teacher = teacher_logprobs.exp()
-    if kl == "forward" and a == 0:  # in an order that keeps four (n, V) arrays at most
-        value = torch.linalg.vecdot(teacher, teacher_logprobs - student_logprobs)
-        return value, student_logprobs.exp().sub_(teacher)
+    if kl == "forward" and a == 0:
+        value = teacher_logprobs.sub_(student_logprobs).mul_(teacher).sum(-1)
+        return value, student_logprobs.exp_().sub_(teacher)
     student = student_logprobs.exp()
     if kl == "reverse" and a == 0:
         slope = student_logprobs - teacher_logprobs
@@ -1663,7 +1710,7 @@ def divergence(
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
     """Tokens to project at a time: on a CPU their logits should stay near the caches."""
-    elements = 2**22 if device.type == "cpu" else 2**26
+    elements = 2**23 if device.type == "cpu" else 2**26
     return max(16, elements // vocabulary)
 
 
@@ -1689,8 +1736,8 @@ class _ChunkedLoss(torch.autograd.Function):
         rows = chunk_rows(weight.shape[0], states.device)
         for start in range(0, len(states), rows):
             piece = slice(start, start + rows)
+            gradient = slope = logprobs = None  # those of the last chunk
             logits = student.logits(states[piece])
-            gradient = None
             if objective.ce_weight:
                 logprobs = log_softmax_with_temperature(logits)
                 target = targets[piece, None]
@@ -1734,7 +1781,11 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`total += leftᵀ @ right`, accumulated in `total`'s float32 whatever the inputs are."""
-    if left.dtype == total.dtype:
+    if _onednn_wins(left.t(), right.t()):  # it cannot add; what it returns should fit the caches
+        right = right.contiguous()
+        for rows, part in zip(total.split(4096), left.split(4096, dim=1), strict=True):
+            rows += _by_onednn(part.t(), right.t())
+    elif left.dtype == total.dtype:
         total.addmm_(left.t(), right)
     else:
         total += project(left.t(), right.t())
@@ -1811,14 +1862,10 @@ def compare(
         ours = log_softmax_with_temperature(student.logits(student_states[piece]))
         theirs = log_softmax_with_temperature(teacher.logits(teacher_states[piece]))
         target = targets[piece, None]
-        pieces.append(
-            Comparison(
-                divergence(ours, theirs, Objective())[0],
-                (ours.argmax(-1) == theirs.argmax(-1)).float(),
-                ours.gather(1, target)[:, 0],
-                theirs.gather(1, target)[:, 0],
-            )
-        )
+        agreement = (ours.argmax(-1) == theirs.argmax(-1)).float()
+        likelihoods = [logprobs.gather(1, target)[:, 0] for logprobs in (ours, theirs)]
+        kl, _ = divergence(ours, theirs, Objective())  # last, as it overwrites both
+        pieces.append(Comparison(kl, agreement, *likelihoods))
     return Comparison(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
 
@@ -1888,12 +1935,13 @@ def generate(
     model.model.eval()  # also ends gradient checkpointing, which would switch the KV cache off
     writer = _Writer(model, prompts, seeds, max_new_tokens, temperature, top_p)
     try:
-        while waiting or writer.rows:
-            free = batch_size - len(writer.rows)
-            if waiting and (not writer.rows or (4 * free >= batch_size and writer.can_join)):
-                writer.take_up(waiting[:free])
-                waiting = waiting[free:]
-            yield from writer.write()
+        with packed_layers(model):
+            while waiting or writer.rows:
+                free = batch_size - len(writer.rows)
+                if waiting and (not writer.rows or (4 * free >= batch_size and writer.can_join)):
+                    writer.take_up(waiting[:free])
+                    waiting = waiting[free:]
+                yield from writer.write()
     finally:
         model.model.train(training)
 
@@ -1950,7 +1998,8 @@ class _Writer:
         self.longest = model.max_positions or sys.maxsize
         # Each look at who has finished waits for the device; until then rows write on.
         self.looks = 1 if self.device.type == "cpu" else 8
-        self.head = model.head().ready(model.compute_dtype, self.device)
+        head = model.head().ready(model.compute_dtype, self.device)
+        self.head = head._replace(weight=packed(head.weight))
         self.ends = torch.tensor(model.end_ids, device=self.device)
         self.rows: list[int] = []  # places in `prompts`, in the order of the state's rows
         self.state: dict[str, Tensor] = {}
@@ -1994,7 +2043,7 @@ class _Writer:
         """Read `ids` (B, t) and write one more token in every row."""
         states = self.model.backbone(
             input_ids=ids, attention_mask=state["mask"], position_ids=positions,
-            past_key_values=cache, use_cache=True,
+            cache=cache, use_cache=True,
         ).last_hidden_state[:, -1]  # fmt: skip
         place = state["written"][:, None]
         draws = state["draws"].gather(1, place)[:, 0]
@@ -2360,20 +2409,24 @@ def start(script: str, args: CommonArguments) -> Accelerator:
     torch.manual_seed(args.seed)  # how adapters begin
     accelerator = Accelerator(mixed_precision="no")  # autocast is entered in LanguageModel.backbone
     if accelerator.device.type == "cpu":
-        keep_freed_memory()
+        reuse_freed_memory(True)
     return accelerator
 
 
-def keep_freed_memory() -> None:
-    """Let freed arrays be used again; a tenth of a step on a CPU went into getting new pages.
+def reuse_freed_memory(on: bool) -> None:
+    """Let freed arrays be used again, or give them back to the system at once.
 
-    glibc gives large arrays back to the system when they are freed, and the next one of the same
-    size is paged in anew, zeros first. Other C libraries are left as they are.
+    glibc gives large arrays back when they are freed, and the next one of the same size is paged
+    in anew, zeros first: a tenth of a step on a CPU. But while optimizer state is being allocated
+    that is right, as it would come to lie between arrays that go, which then no more fit where
+    they were: a fifth more memory. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
-        mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
+        libc, size = ctypes.CDLL(None), 2**31 - 1 if on else 2**17  # bytes; glibc's own is 2**17
+        libc.mallopt(-1, size)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, size)  # M_MMAP_THRESHOLD
+        if not on:
+            libc.malloc_trim(0)
 
 
 def find_run(script: str, args: CommonArguments) -> Path:
@@ -2632,6 +2685,8 @@ class Run:
         Returns:
             The step to go on with: 0 in a new run, `steps` where only the scores are missing.
         """
+        if self.accelerator.device.type == "cpu":
+            reuse_freed_memory(False)  # until the first step has made the optimizer's state
         if self.checkpoint is not None:
             try:
                 # Nothing foreign is unpickled: safetensors, and torch.load(weights_only=True).
@@ -2658,6 +2713,8 @@ class Run:
 
     def save(self, step: int) -> None:
         """Write a checkpoint where one is due, and end the run where a signal asked for it."""
+        if self.accelerator.device.type == "cpu" and step == self.state["step"] + 1:
+            reuse_freed_memory(True)
         alone = self.accelerator.num_processes == 1
         due = self.args.save_steps and step % self.args.save_steps == 0
         if due or step == self.steps or self.stop or (alone and self.signal):

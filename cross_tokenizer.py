@@ -399,7 +399,7 @@ class Alignments:
             n, m = n + len(example.student.targets), m + len(example.teacher.targets)
         pairs, of_targets = torch.cat(rows), torch.tensor(targets, dtype=torch.long)
         widest = max(self.sizes[0], self.sizes[1] * m // max(1, n))
-        size = common.chunk_rows(widest, self.device)
+        size = common.chunk_rows(4 * widest, self.device)  # autograd keeps more arrays here
         return [self._piece(pairs, of_targets, i, min(i + size, n)) for i in range(0, n, size)]
 
     def _piece(self, pairs: Tensor, targets: Tensor, start: int, stop: int) -> Piece:
@@ -669,6 +669,7 @@ def main(args: Arguments) -> None:
                 # DDP averages over processes; the sum over them, per token, is what is wanted.
                 accelerator.backward(loss * (accelerator.num_processes / tokens))
             sums += parts
+            del loss  # its graph would lie between the arrays of the next one
         norm = accelerator.clip_grad_norm_(module.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -113,6 +113,7 @@ def main(args: Arguments) -> None:
                 # DDP averages over processes; the sum over them, per token, is what is wanted.
                 accelerator.backward(loss * (accelerator.num_processes / tokens))
             sums += parts
+            del loss  # its graph would lie between the arrays of the next one
         norm = accelerator.clip_grad_norm_(module.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -37,7 +37,7 @@ def loss_and_gradient(student, teacher) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize("shape", ((5, 40), (2, 3, 40), (0, 40), (1, 40)))
 def test_linear_equals_float64_whichever_library_multiplies(shape, bias, monkeypatch):
-    monkeypatch.setattr(common, "ONEDNN_FROM", 0)
+    monkeypatch.setattr(common, "ONEDNN_WEIGHT", 0)
     torch.manual_seed(0)
     x, weight, offset = torch.randn(shape), torch.randn(40, 30).t(), torch.randn(30)
     inputs = [t.requires_grad_() for t in (x, weight, offset)[: 2 + bias]]
@@ -56,7 +56,7 @@ def test_linear_equals_float64_whichever_library_multiplies(shape, bias, monkeyp
 def test_models_run_on_onednn_where_it_takes_the_type(monkeypatch):
     _, student, teacher = embedded()
     plain = loss_and_gradient(student, teacher)
-    monkeypatch.setattr(common, "ONEDNN_FROM", 0)
+    monkeypatch.setattr(common, "ONEDNN_WEIGHT", 0)
     _, student, teacher = embedded()
     calls, by_onednn = [], common._by_onednn
 
@@ -73,6 +73,44 @@ def test_models_run_on_onednn_where_it_takes_the_type(monkeypatch):
     _, student, teacher = embedded(dtype="bfloat16", teacher_dtype="bfloat16")
     loss_and_gradient(student, teacher)
     assert set(calls) <= {torch.float32}  # heads are multiplied in float32
+
+
+@pytest.mark.skipif(not common.HAS_ONEDNN, reason="oneDNN is for x86 processors")
+def test_packed_weights_write_the_same_text_and_are_gone_after(monkeypatch):
+    _, student, _ = embedded()
+    prompt = common.encode_prompts(
+        student, [common.Conversation([dict(role="user", content="pa")], None, [], "")]
+    )
+
+    def written():
+        return common.generate(student, 5 * prompt, [*range(5)], max_new_tokens=9, temperature=1.0)
+
+    plain = list(written())
+    monkeypatch.setattr(common, "ONEDNN_WEIGHT", 0)
+    layers = common.linear_layers(student.model)
+    assert len(layers) == 7 * student.model.config.num_hidden_layers
+    with common.packed_layers(student):
+        assert all(layer.packed.is_mkldnn for layer in layers)
+        x = torch.randn(2, 3, layers[0].in_features)
+        found, wanted = layers[0](x), x.double() @ layers[0].weight.double().t()
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert list(written()) == plain
+    unfinished = written()
+    next(unfinished)
+    unfinished.close()
+    assert all(layer.packed is None for layer in layers)
+
+
+@pytest.mark.skipif(not common.HAS_ONEDNN, reason="oneDNN is for x86 processors")
+@pytest.mark.parametrize("rows", (0, 1, 70))
+def test_added_product_equals_float64_beyond_one_block(rows, monkeypatch):
+    monkeypatch.setattr(common, "ONEDNN_WEIGHT", 0)
+    torch.manual_seed(0)
+    total, left = torch.randn(5000, 40), torch.randn(rows, 5000)
+    right = torch.randn(40, rows).t()  # not contiguous
+    wanted = total.double() + left.double().t() @ right.double()
+    common.add_product(total, left, right)
+    torch.testing.assert_close(total.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_gradient_checkpointing_changes_memory_only():

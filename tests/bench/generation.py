@@ -4,8 +4,9 @@
 
 DIR holds the real chat model (../shared/real_models.py): smollm2. The prompts are rows of
 data/chat.jsonl, evenly spread over the file, in the model's template; answers are greedy and as
-long as they turn out to be, up to --max-new-tokens. `model.generate` gets the same batch size,
-once in the file's order and once sorted by length as `common.generate` sorts. Counted are the
+long as they turn out to be, up to --max-new-tokens. `model.generate`, of the model as transformers
+loads it, gets the same batch size, once in the file's order and once sorted by length as
+`common.generate` sorts. Counted are the
 tokens of answers, end-of-turn token included, nothing after it. Greedy answers can differ where
 padding rounds two nearly equal logits differently; the table says how many are the same.
 """
@@ -13,6 +14,7 @@ padding rounds two nearly equal logits differently; the table says how many are 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
@@ -21,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -41,8 +43,14 @@ def ours(model: common.LanguageModel, prompts: Answers, limit: int, batch_size: 
     return [response.ids for _, response in sorted(found)]
 
 
-def theirs(model: common.LanguageModel, prompts: Answers, limit: int, batch_size: int) -> Answers:
-    """`model.generate` on batches padded on the left, in the order of the prompts."""
+def theirs(
+    plain: PreTrainedModel,
+    model: common.LanguageModel,
+    prompts: Answers,
+    limit: int,
+    batch_size: int,
+) -> Answers:
+    """`generate` of the plain model on batches padded on the left, in the order of the prompts."""
     config = GenerationConfig(
         do_sample=False, max_new_tokens=limit, eos_token_id=model.end_ids, pad_token_id=0
     )
@@ -51,17 +59,19 @@ def theirs(model: common.LanguageModel, prompts: Answers, limit: int, batch_size
     for start in range(0, len(prompts), batch_size):
         rows = {"input_ids": prompts[start : start + batch_size]}
         inputs = model.tokenizer.pad(rows, return_tensors="pt").to(model.device)
-        written = model.model.generate(**inputs, generation_config=config)
+        written = plain.generate(**inputs, generation_config=config)
         for row in written[:, inputs["input_ids"].shape[1] :].tolist():
             end = next((i for i, token in enumerate(row) if token in model.end_ids), limit)
             found.append(row[: end + 1])
     return found
 
 
-def theirs_sorted(model: common.LanguageModel, prompts: Answers, *rest: int) -> Answers:
-    """`model.generate`, prompts of similar length together."""
+def theirs_sorted(
+    plain: PreTrainedModel, model: common.LanguageModel, prompts: Answers, *rest: int
+) -> Answers:
+    """The same, prompts of similar length together."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found = theirs(model, [prompts[i] for i in order], *rest)
+    found = theirs(plain, model, [prompts[i] for i in order], *rest)
     return [answer for _, answer in sorted(zip(order, found, strict=True))]
 
 
@@ -80,13 +90,15 @@ def main() -> None:
         flags = token_level.Arguments(student=name, teacher=name, cache_dir=directory)
         accelerator = common.start("token_level", flags)
         model, _ = common.load_pair(flags, accelerator.device)
+    # Not the model above, whose layers this suite has exchanged.
+    plain = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(model.device)
     rows = common.load_conversations(str(ROOT / "data" / "chat.jsonl"))
     rows = rows[:: max(1, len(rows) // args.rows)][: args.rows]
     prompts = common.encode_prompts(model, rows)
 
     methods: dict[str, Callable[..., Answers]] = {
-        "model.generate, file order": theirs,
-        "model.generate, sorted": theirs_sorted,
+        "model.generate, file order": functools.partial(theirs, plain),
+        "model.generate, sorted": functools.partial(theirs_sorted, plain),
         "common.generate": ours,
     }
     speeds, answers = {}, {}

@@ -17,6 +17,7 @@ beside the others because they mean something on a busy machine too (with one th
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
@@ -24,7 +25,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -44,8 +45,10 @@ def ours(model: common.LanguageModel, prompts: Ids, limit: int, batch_size: int)
     return sum(len(response.ids) for _, response in found)
 
 
-def theirs(model: common.LanguageModel, prompts: Ids, limit: int, batch_size: int) -> int:
-    """Tokens that `model.generate` wrote, on batches padded on the left."""
+def theirs(
+    plain: PreTrainedModel, model: common.LanguageModel, prompts: Ids, limit: int, batch_size: int
+) -> int:
+    """Tokens that `generate` of the plain model wrote, on batches padded on the left."""
     config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0,
         max_new_tokens=limit, min_new_tokens=limit,
@@ -55,7 +58,7 @@ def theirs(model: common.LanguageModel, prompts: Ids, limit: int, batch_size: in
     for start in range(0, len(prompts), batch_size):
         rows = {"input_ids": prompts[start : start + batch_size]}
         inputs = model.tokenizer.pad(rows, return_tensors="pt").to(model.device)
-        out = model.model.generate(**inputs, generation_config=config)
+        out = plain.generate(**inputs, generation_config=config)
         written += out[:, inputs["input_ids"].shape[1] :].numel()
     return written
 
@@ -76,15 +79,18 @@ def main() -> None:
         accelerator = common.start("on_policy", flags)
         model, _ = common.load_pair(flags, accelerator.device)
     model.end_ids = []
-    model.model.generation_config.eos_token_id = None  # it would step in for the None above
+    # Not the model above, whose layers this suite has exchanged.
+    plain = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(model.device)
+    plain.generation_config.eos_token_id = None  # it would step in for the None above
+    generate = functools.partial(theirs, plain)
     rows = common.load_conversations(str(ROOT / "data" / "chat.jsonl"))
     rows = rows[:: max(1, len(rows) // args.rows)][: args.rows]
     prompts = sorted(common.encode_prompts(model, rows), key=len)
     few = prompts[:: max(1, len(prompts) // 64)][:64]
 
     sides = {
-        "model.generate, batch 8": (theirs, few, 8),
-        "model.generate, batch 64": (theirs, prompts, 64),
+        "model.generate, batch 8": (generate, few, 8),
+        "model.generate, batch 64": (generate, prompts, 64),
         "common.generate, batch 8": (ours, few, 8),
         "common.generate, batch 64": (ours, prompts, 64),
         "common.generate, batch 256": (ours, prompts, 256),

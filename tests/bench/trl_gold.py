@@ -60,7 +60,7 @@ def make_student(directory: Path, vocabulary: int, width: int, layers: int) -> N
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    files = [f.read_text(encoding="utf-8") for f in sorted(ROOT.rglob("*.py"))]
+    files = [f.read_text(encoding="utf-8") for f in sorted(ROOT.glob("*.py"))]
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=["<pad>", "<end>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -136,6 +136,7 @@ def run_suite(
     module, optimizer = accelerator.prepare(module, common.make_optimizer(module, arguments))
     assert all(group["betas"] == BETAS for group in optimizer.param_groups)
     student.model.train()
+    common.reuse_freed_memory(False)  # as Run.resume does
     ends, losses, targets = [], [], []
     for start in range(0, len(examples), BATCH):
         micro_batch = examples[start : start + BATCH]
@@ -145,7 +146,9 @@ def run_suite(
         accelerator.clip_grad_norm_(module.parameters(), arguments.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        common.reuse_freed_memory(True)  # as Run.save does after the first step
         losses.append(loss.item() / len(batch.targets))
+        del loss
         targets.append(len(batch.targets))
         ends.append(clock())
     report(ends, loaded, losses[0], targets[0], once / len(losses))
