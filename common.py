@@ -587,8 +587,7 @@ def load_model(
     """Weights in `dtype` on `device`, in eval mode; refuses a directory with parts missing."""
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UsageError(f"{name} holds no model: there is no config.json in it")
-    if device.type == "cpu":
-        reuse_freed_memory(False)
+    reuse_freed_memory(False, device)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
@@ -613,8 +612,7 @@ def load_model(
         if type(module) is nn.Linear:
             module.__class__ = Linear
     model = LanguageModel(name, model.to(device).eval(), tokenizer, compute_dtype, hash_weights)
-    if device.type == "cpu":
-        reuse_freed_memory(True)
+    reuse_freed_memory(True, device)
     check_head(model)
     return model
 
@@ -2408,21 +2406,20 @@ def start(script: str, args: CommonArguments) -> Accelerator:
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     torch.manual_seed(args.seed)  # how adapters begin
     accelerator = Accelerator(mixed_precision="no")  # autocast is entered in LanguageModel.backbone
-    if accelerator.device.type == "cpu":
-        reuse_freed_memory(True)
+    reuse_freed_memory(True, accelerator.device)
     return accelerator
 
 
-def reuse_freed_memory(on: bool) -> None:
-    """Let freed arrays be used again, or give them back to the system at once.
+def reuse_freed_memory(on: bool, device: torch.device) -> None:
+    """On a CPU, let freed arrays be used again, or give them back to the system at once.
 
     glibc gives large arrays back when they are freed, and the next one of the same size is paged
-    in anew, zeros first: a tenth of a step on a CPU. But while optimizer state is being allocated
-    that is right, as it would come to lie between arrays that go, which then no more fit where
-    they were: a fifth more memory. Other C libraries are left as they are.
+    in anew, zeros first: a tenth of a step. But while weights and optimizer state are allocated
+    that is right: they would come to lie between arrays that go, and what comes next would not
+    fit where those were, which took a tenth more memory. Other C libraries are left as they are.
     """
-    if platform.libc_ver()[0] == "glibc":
-        libc, size = ctypes.CDLL(None), 2**31 - 1 if on else 2**17  # bytes; glibc's own is 2**17
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        libc, size = ctypes.CDLL(None), 2**31 - 1 if on else 2**17  # bytes; glibc begins with 2**17
         libc.mallopt(-1, size)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, size)  # M_MMAP_THRESHOLD
         if not on:
@@ -2685,8 +2682,8 @@ class Run:
         Returns:
             The step to go on with: 0 in a new run, `steps` where only the scores are missing.
         """
-        if self.accelerator.device.type == "cpu":
-            reuse_freed_memory(False)  # until the first step has made the optimizer's state
+        # Until the first step has made the optimizer's state.
+        reuse_freed_memory(False, self.accelerator.device)
         if self.checkpoint is not None:
             try:
                 # Nothing foreign is unpickled: safetensors, and torch.load(weights_only=True).
@@ -2713,8 +2710,8 @@ class Run:
 
     def save(self, step: int) -> None:
         """Write a checkpoint where one is due, and end the run where a signal asked for it."""
-        if self.accelerator.device.type == "cpu" and step == self.state["step"] + 1:
-            reuse_freed_memory(True)
+        if step == self.state["step"] + 1:
+            reuse_freed_memory(True, self.accelerator.device)
         alone = self.accelerator.num_processes == 1
         due = self.args.save_steps and step % self.args.save_steps == 0
         if due or step == self.steps or self.stop or (alone and self.signal):

@@ -1,37 +1,48 @@
-"""What the same number of steps on as many gold labels recovers: the yardstick of distillation.
+"""What as many steps on as many gold labels recover: the yardstick of distillation.
 
-token_level.py's loop, data order and defaults, with cross-entropy on the dictionary's own answers
-in the place of the teacher's distribution.
+sequence_level.py with the dictionary's own answers in the place of the teacher's: the same
+prompts, the same turns as targets, one answer to each. (--completions dataset is another thing: of
+conversations with several turns it learns every one, which are more labels than prompts.)
 
-    python tests/bench/gold_labels.py [flags of token_level.py]
+    python tests/bench/gold_labels.py [flags of sequence_level.py]
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import common
-import token_level
+import sequence_level
+from common import Answer, LanguageModel, Prompt
+
+load_models = sequence_level.load_models
 
 
-class GoldLabels(token_level.TokenLevelLoss):
-    """Cross-entropy alone; the teacher is only scored."""
+def with_gold_labels(
+    args: sequence_level.Arguments, accelerator: Accelerator
+) -> tuple[LanguageModel, LanguageModel, sequence_level.Write]:
+    """A teacher that writes the rows' own answers to train on, and is scored as itself."""
+    student, teacher, write = load_models(args, accelerator)
 
-    def forward(self, batch: common.Batch, teacher_states: Tensor) -> tuple[Tensor, Tensor]:
-        return common.distillation_loss(
-            self.student.states(batch),
-            self.student.head(),
-            batch.targets,
-            common.Objective(ce_weight=1.0),
-        )
+    def gold(prompts: Sequence[Prompt], **settings: Any) -> list[Answer]:
+        if settings["purpose"] != "training text":
+            return write(prompts, **settings)
+        answers = [Answer(p.conversation.response, True, 0, None) for p in prompts]
+        asked = [p._replace(student=p.teacher) for p in prompts]
+        encoded = common.encode_answers(teacher, asked, answers)
+        ids = [[tokens.ids[i] for i in tokens.targets] for tokens in encoded]
+        return [a._replace(ids=i, tokens=len(i)) for a, i in zip(answers, ids, strict=True)]
+
+    return student, teacher, gold
 
 
 if __name__ == "__main__":
-    token_level.TokenLevelLoss = GoldLabels
-    sys.argv += ["--completions", "dataset", "--ce-weight", "1"]
-    common.launch(token_level.main, token_level.Arguments, __doc__)
+    sequence_level.load_models = with_gold_labels
+    common.launch(sequence_level.main, sequence_level.Arguments, __doc__)

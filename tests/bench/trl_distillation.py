@@ -87,7 +87,7 @@ def run_suite(args: argparse.Namespace, conversations: list[Any], directory: Pat
     assert all(group["betas"] == BETAS for group in optimizer.param_groups)
     rollouts = on_policy.Rollouts(student, prompts, flags, steps, accelerator)
     student.model.train()
-    common.reuse_freed_memory(False)  # as Run.resume does
+    common.reuse_freed_memory(False, accelerator.device)  # as Run.resume does
     ends, losses, written = [], [], []
     for step in range(steps):
         chosen, _ = rollouts(step)
@@ -103,7 +103,7 @@ def run_suite(args: argparse.Namespace, conversations: list[Any], directory: Pat
         accelerator.clip_grad_norm_(module.parameters(), flags.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        common.reuse_freed_memory(True)  # as Run.save does after the first step
+        common.reuse_freed_memory(True, accelerator.device)  # as Run.save does after the first step
         losses.append((sums[0] / tokens).item())
         written.append(tokens)
         ends.append(clock())

@@ -122,7 +122,7 @@ def run_suite(models: Path, rows: list[Row], directory: Path, cached: bool) -> N
     module, optimizer = accelerator.prepare(module, common.make_optimizer(module, args))
     assert all(group["betas"] == BETAS for group in optimizer.param_groups)
     student.model.train()
-    common.reuse_freed_memory(False)  # as Run.resume does
+    common.reuse_freed_memory(False, accelerator.device)  # as Run.resume does
     ends, losses, targets = [], [], []
     for start in range(0, len(examples), BATCH):
         micro_batch = examples[start : start + BATCH]
@@ -132,7 +132,7 @@ def run_suite(models: Path, rows: list[Row], directory: Path, cached: bool) -> N
         accelerator.clip_grad_norm_(module.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        common.reuse_freed_memory(True)  # as Run.save does after the first step
+        common.reuse_freed_memory(True, accelerator.device)  # as Run.save does after the first step
         losses.append(loss.item() / len(batch.targets))
         del loss
         targets.append(len(batch.targets))

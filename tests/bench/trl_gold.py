@@ -136,7 +136,7 @@ def run_suite(
     module, optimizer = accelerator.prepare(module, common.make_optimizer(module, arguments))
     assert all(group["betas"] == BETAS for group in optimizer.param_groups)
     student.model.train()
-    common.reuse_freed_memory(False)  # as Run.resume does
+    common.reuse_freed_memory(False, accelerator.device)  # as Run.resume does
     ends, losses, targets = [], [], []
     for start in range(0, len(examples), BATCH):
         micro_batch = examples[start : start + BATCH]
@@ -146,7 +146,7 @@ def run_suite(
         accelerator.clip_grad_norm_(module.parameters(), arguments.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        common.reuse_freed_memory(True)  # as Run.save does after the first step
+        common.reuse_freed_memory(True, accelerator.device)  # as Run.save does after the first step
         losses.append(loss.item() / len(batch.targets))
         del loss
         targets.append(len(batch.targets))
