@@ -341,8 +341,8 @@ def packed(weight: Tensor) -> Tensor:
     has few rows, as a step of generation has.
     """
     weight = weight.detach()
-    known = weight.device.type == "cpu" and weight.dtype == torch.float32
-    if not (HAS_ONEDNN and known and weight.numel() >= ONEDNN_WEIGHT):
+    plain = type(weight) is Tensor and weight.device.type == "cpu" and weight.dtype == torch.float32
+    if not (HAS_ONEDNN and plain and weight.numel() >= ONEDNN_WEIGHT):
         return weight
     few = 64  # rows; the order is the same for all numbers but the smallest
     return torch.ops.mkldnn._reorder_linear_weight(weight, few)
@@ -387,7 +387,8 @@ def packed_layers(model: LanguageModel) -> Iterator[None]:
     layers = linear_layers(model.model)
     if model.compute_dtype == torch.float32:  # autocast knows nothing of the other order
         for layer in layers:
-            layer.packed = packed(layer.weight)
+            copy = packed(layer.weight)
+            layer.packed = copy if copy.is_mkldnn else None
     try:
         yield
     finally:
@@ -1734,7 +1735,7 @@ class _ChunkedLoss(torch.autograd.Function):
         rows = chunk_rows(weight.shape[0], states.device)
         for start in range(0, len(states), rows):
             piece = slice(start, start + rows)
-            gradient = slope = logprobs = None  # those of the last chunk
+            gradient = slope = logprobs = logits = None  # those of the last chunk
             logits = student.logits(states[piece])
             if objective.ce_weight:
                 logprobs = log_softmax_with_temperature(logits)
