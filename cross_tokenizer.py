@@ -8,7 +8,9 @@ either model begins, both have read the same text; three cases, i the student's 
 teacher's:
 
     both begin a token     KL between the probabilities of classes: a token counts for the longest
-                           token of both vocabularies that begins it (itself, where both have it)
+                           name that begins it. Names are the tokens of either vocabulary that
+                           are, or begin, a token of the other, as far as no training text has the
+                           two models begin with different ones
     one is inside a token  its distribution is restricted to the tokens that begin with the bytes w
                            that it has read of this one, renormalised, and says how the text goes
                            on: each of them counts for the longest token of the other model that
@@ -45,7 +47,7 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -275,7 +277,33 @@ class Tables(NamedTuple):
     stops: Tensor  # by w: whether a token of the model inside is w and no more
 
 
-def longest_prefix(token: bytes, known: dict[bytes, int]) -> bytes:
+def common_names(
+    student: list[bytes], teacher: list[bytes], starts: set[tuple[bytes, bytes]]
+) -> dict[bytes, int]:
+    """What a token of either vocabulary can count for, as bytes, numbered from 1; b"" is 0.
+
+    These are the tokens of either vocabulary that are, or begin, a token of the other, less those
+    that a text contradicts: `starts` are a student's and a teacher's token that begin at one place.
+    As both have to count for the same, the longer of two names goes, unless both have that token.
+    """
+    shared = set(student) & set(teacher)
+    names = shared | {b""}
+    for tokens, others in ((student, sorted(teacher)), (teacher, sorted(student))):
+        for token in set(tokens) - shared:
+            first = bisect.bisect_left(others, token)
+            if others[first : first + 1] and others[first].startswith(token):
+                names.add(token)
+    before = 0
+    while before != len(names):
+        before = len(names)
+        for pair in starts:
+            short, long = sorted((longest_prefix(token, names) for token in pair), key=len)
+            if short != long and long.startswith(short):
+                names -= {long} - shared
+    return {name: n for n, name in enumerate(sorted(names))}
+
+
+def longest_prefix(token: bytes, known: Container[bytes]) -> bytes:
     """The longest key of `known` that `token` begins with; empty where none is."""
     if token.startswith(END):
         return token if token in known else b""
@@ -332,8 +360,7 @@ class Alignments:
         self.objective, self.device = objective, student.device
         self.sizes = student.vocabulary, teacher.vocabulary
         self.spelled = token_bytes(student), token_bytes(teacher)
-        shared = sorted((set(self.spelled[0]) & set(self.spelled[1])) - {b""})
-        numbers = {token: n for n, token in enumerate(shared, 1)} | {b"": 0}  # 0: begun by none
+        numbers = common_names(*self.spelled, self._starts(examples))
         classes = [[numbers[longest_prefix(b, numbers)] for b in side] for side in self.spelled]
         self.inside = (
             Continuations(self.spelled[1], self.spelled[0]),
@@ -349,12 +376,18 @@ class Alignments:
             )
         self.classes = [torch.tensor(side, device=self.device) for side in classes]
         self.count = len(numbers)
-        self.possible = torch.ones(self.count, device=self.device)
-        self.possible[0] = float(0 in classes[0])
+        self.possible = torch.zeros(self.count, device=self.device)
+        self.possible[self.classes[0]] = 1
         self.tables = [c.tables(self.device) for c in self.inside]
         self.counts = [(t.tokens.counts.cpu(), t.other.counts.cpu()) for t in self.tables]
         own = [b for b in self.spelled[0] if b and not b.startswith(END)]
-        self.overlap = sum(b in numbers for b in own) / max(1, len(own))
+        shared = set(self.spelled[1])
+        self.overlap = sum(b in shared for b in own) / max(1, len(own))
+
+    def _starts(self, examples: Sequence[Example]) -> set[tuple[bytes, bytes]]:
+        """The student's and the teacher's token wherever both begin one."""
+        found = (turn for e in examples for turn in turns(e, *self.spelled))
+        return {(t.pieces[0][i], t.pieces[1][j]) for t in found for i, j in t.spans()}
 
     def _align(self, example: Example, classes: list[list[int]]) -> Tensor:
         rows = []

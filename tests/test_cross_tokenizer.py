@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -87,24 +88,57 @@ def goes_on(spelled: list[bytes], other: list[bytes], w: bytes) -> list[bytes | 
     ]
 
 
-def plain_hybrid(
-    ours: Tensor, theirs: Tensor, example: common.Example, spelled: tuple[list[bytes], list[bytes]]
-) -> tuple[Tensor, set[int]]:
-    """The docstring of the script, word for word, over dictionaries; and the tokens compared."""
+Spelled = tuple[list[bytes], list[bytes]]
+
+
+def tokens_and_places(example: common.Example, spelled: Spelled) -> tuple[list, list]:
     pieces = [
         [side[t.ids[p]] for p in t.targets]
         for side, t in zip(spelled, (example.student, example.teacher), strict=True)
     ]
-    begins = [[sum(map(len, p[:k])) for k in range(len(p))] for p in pieces]
-    shared = [t for t in set(spelled[0]) & set(spelled[1]) if t]
-    classes = [[begun_by(t, shared) for t in side] for side in spelled]
+    return pieces, [[sum(map(len, p[:k])) for k in range(len(p))] for p in pieces]
+
+
+def plain_names(spelled: Spelled, starts: list[tuple[bytes, bytes]]) -> list[bytes]:
+    """The names that no text contradicts, one taken out at a time, in whatever order."""
+    ours, theirs = (set(side) - {b""} for side in spelled)
+    names = [t for t in ours if any(o.startswith(t) for o in theirs)]
+    names += [t for t in theirs if any(o.startswith(t) for o in ours)]
+
+    def wrong() -> bytes | None:
+        for pair in starts:
+            a, b = (begun_by(t, names) for t in pair)
+            long = max(a, b, key=len)
+            if a != b and long.startswith(min(a, b, key=len)) and long not in ours & theirs:
+                return long
+        return None
+
+    while (name := wrong()) is not None:
+        names = [n for n in names if n != name]
+    return sorted(set(names))
+
+
+def starts_of(examples: list[common.Example], spelled: Spelled) -> list[tuple[bytes, bytes]]:
+    found = set()
+    for pieces, begins in (tokens_and_places(e, spelled) for e in examples):
+        sides = [dict(zip(b, p, strict=True)) for p, b in zip(pieces, begins, strict=True)]
+        found |= {(sides[0][place], sides[1][place]) for place in set(sides[0]) & set(sides[1])}
+    return sorted(found)
+
+
+def plain_hybrid(
+    ours: Tensor, theirs: Tensor, example: common.Example, spelled: Spelled, named: list[bytes]
+) -> tuple[Tensor, set[int]]:
+    """The docstring of the script, word for word, over dictionaries; and the tokens compared."""
+    pieces, begins = tokens_and_places(example, spelled)
+    classes = [[begun_by(t, named) for t in side] for side in spelled]
     total, compared = torch.zeros((), dtype=torch.float64), set()
     for place in sorted({*begins[0], *begins[1]}):
         i, j = (max(k for k, b in enumerate(side) if b <= place) for side in begins)
         token, other = pieces[0][i], pieces[1][j]
         read, its = place - begins[0][i], place - begins[1][j]
         if not read and not its:
-            if begun_by(token, shared) == begun_by(other, shared) != b"":
+            if begun_by(token, named) == begun_by(other, named) != b"":
                 dist = summed(ours[i], classes[0])
                 target = {n: p for n, p in summed(theirs[j], classes[1]).items() if n in dist}
                 whole = sum(target.values())
@@ -154,10 +188,11 @@ def test_hybrid_is_its_definition(coarse_and_fine, student_is, temperature, monk
     taught = common.softmax_with_temperature(teacher_head.logits(theirs), temperature)
     divergence, rest, ce = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     n = m = inside = 0
+    named = plain_names(alignments.spelled, starts_of(examples, alignments.spelled))
     for e in examples:
         (ids, targets), its = e.student, len(e.teacher.targets)
         parts = ours[n : n + len(targets)], taught[m : m + its]
-        value, compared = plain_hybrid(*parts, e, alignments.spelled)
+        value, compared = plain_hybrid(*parts, e, alignments.spelled, named)
         divergence = divergence + value
         for k, p in enumerate(targets):
             nats = -likely[n + k, ids[p]].log()
@@ -171,6 +206,46 @@ def test_hybrid_is_its_definition(coarse_and_fine, student_is, temperature, monk
     torch.testing.assert_close(found[0], torch.stack([loss, divergence]).detach())
     for gradient, leaf in zip(found[1:], leaves, strict=True):
         torch.testing.assert_close(gradient, leaf.grad)
+
+
+def test_names():
+    """Against their definition, on random vocabularies and the starts of random texts."""
+    draw = random.Random(0)
+    contradicted = alone = 0
+    for _ in range(300):
+        vocabularies = tuple(
+            [b"", b"a", b"b", *{bytes(draw.choices(b"ab", k=draw.randint(2, 5))) for _ in range(9)}]
+            for _ in range(2)
+        )
+        starts = []
+        for _ in range(draw.randint(0, 4)):
+            text = bytes(draw.choices(b"ab", k=6))
+            begun = ([t for t in side if t and text.startswith(t)] for side in vocabularies)
+            starts.append(tuple(draw.choice(tokens) for tokens in begun))
+        named = plain_names(vocabularies, starts)
+        found = cross_tokenizer.common_names(*vocabularies, set(starts))
+        assert list(found) == [b"", *named] and list(found.values()) == list(range(len(found)))
+        contradicted += len(plain_names(vocabularies, [])) - len(named)
+        alone += sum(begun_by(a, named) != begun_by(b, named) for a, b in starts)
+    assert contradicted > 50 and alone > 50
+
+
+def test_names_keep_phonemes_apart():
+    """` AH` and ` AY`, tokens of the embedded student alone, do not both count for ` A`.
+
+    They did, when only tokens of both vocabularies were names, and the choice was never taught.
+    """
+    student, teacher = (
+        wrapped(common.load_tokenizer(str(common.DATA / name), "main", None).backend_tokenizer,
+                False, "<|end|>")
+        for name in ("student_other_tokenizer", "teacher")
+    )  # fmt: skip
+    texts = ["K AH1 T", "K AY1 T", "B EH1 L EY0", "S IH1 T IY0", "UH0 OY1"]
+    examples = [example(student, teacher, text) for text in texts]
+    alignments = Alignments(examples, student, teacher, Objective("hybrid", 2, 1.0, 0.0))
+    written = {e.student.ids[p] for e in examples for p in e.student.targets}
+    counted = alignments.classes[0][sorted(written)].tolist()
+    assert len(set(counted)) == len(written) and 0 not in counted
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])

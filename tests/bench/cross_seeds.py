@@ -1,4 +1,4 @@
-"""What crossing tokenizers costs: four ways to learn from one teacher, seed by seed.
+"""What crossing tokenizers costs: five ways to learn from one teacher, seed by seed.
 
     python tests/bench/cross_seeds.py [--seeds 3] [--epochs 3] [--output-dir runs/cross-seeds]
 
@@ -8,6 +8,7 @@ For each seed, the same teacher text and the same number of steps of the same si
     uld         cross_tokenizer.py --loss uld (cross-entropy on the text beside it)
     text alone  the same loop with cross-entropy on the same text and nothing else: sequence level
     token level token_level.py from data/student: same size and labels, the teacher's tokenizer
+    at 3e-3     the same at the learning rate of cross_tokenizer.py, which is higher
 
 and then all of them on all the words of data/eval.jsonl, greedy. Recovered is (after − before) /
 (teacher − before), each student from its own start. The paired bootstrap draws words, the same
@@ -18,6 +19,7 @@ finished are not run again, so that a cut call goes on with the same command.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -38,7 +40,9 @@ METHODS = {
     "uld": [str(ROOT / "cross_tokenizer.py"), "--loss", "uld"],
     "text alone": [__file__, "--text-alone"],
     "token level": [str(ROOT / "token_level.py")],
+    "at 3e-3": [str(ROOT / "token_level.py"), "--learning-rate", "3e-3"],
 }
+ONE_TOKENIZER = ("token level", "at 3e-3")
 DRAWS = 2000
 
 
@@ -130,7 +134,7 @@ def main() -> None:
         for name in ("student_other_tokenizer", "student")
     }
     before = {
-        name: starts["student" if name == "token level" else "student_other_tokenizer"]
+        name: starts["student" if name in ONE_TOKENIZER else "student_other_tokenizer"]
         for name in METHODS
     }
     teacher = columns(json.loads((args.output_dir / "rows-teacher.json").read_text()))
@@ -169,11 +173,13 @@ def main() -> None:
     for other in list(METHODS)[1:]:
         difference = drawn(after["hybrid"])[:, 1] - drawn(after[other])[:, 1]
         print(f"error rate, hybrid less {other}: {difference.mean():+.4f} {interval(difference)}")
-    for column, what in enumerate(("exact match", "error rate")):
-        whole = [recovered[name].mean(0)[column].item() for name in ("hybrid", "token level")]
-        ratio = share("hybrid")[:, column] / share("token level")[:, column]
+    for other, (column, what) in itertools.product(
+        ONE_TOKENIZER, enumerate(("exact match", "error rate"))
+    ):
+        whole = [recovered[name].mean(0)[column].item() for name in ("hybrid", other)]
+        ratio = share("hybrid")[:, column] / share(other)[:, column]
         print(
-            f"share of the gap in {what}, hybrid over token level: {whole[0] / whole[1]:.3f} "
+            f"share of the gap in {what}, hybrid over {other}: {whole[0] / whole[1]:.3f} "
             f"{interval(ratio)}"
         )
 
