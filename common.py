@@ -2703,6 +2703,7 @@ class Run:
     def _note(self, number: int, _: Any) -> None:
         """Signal handler: `save` ends the run when the step is complete, a second signal now."""
         self.signal = number
+        sys.stdout = sys.stderr  # whoever read it from a pipe has often died of the same Ctrl-C
         self._default_signals()
 
     def _default_signals(self) -> None:

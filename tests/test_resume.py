@@ -71,11 +71,12 @@ def assert_same(run: Path, other: Path, steps: int = STEPS) -> None:
     assert trained == list(range(1, steps + 1))
 
 
-def begin(directory: Path, *flags: str) -> subprocess.Popen[bytes]:
+def begin(directory: Path, *flags: str, **streams: object) -> subprocess.Popen[bytes]:
     with open(directory / "out.txt", "wb") as out:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "token_level.py"), *WORDS, "--output-dir", "run", *flags],
-            cwd=directory, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **ONE_THREAD},
+            cwd=directory, env={**os.environ, **ONE_THREAD},
+            **{"stdout": out, "stderr": subprocess.STDOUT, **streams},
         )  # fmt: skip
 
 
@@ -145,6 +146,20 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, uncut, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
     assert_same(tmp_path / "run", uncut)
+
+
+def test_the_reader_of_a_pipe_may_be_gone(uncut, tmp_path):
+    """Ctrl-C ends the `tee` behind the run too: what is left to say goes to stderr."""
+    shutil.copytree(uncut.parent / "runs", tmp_path / "runs")
+    with open(tmp_path / "err.txt", "wb") as err:
+        process = begin(tmp_path, stdout=subprocess.PIPE, stderr=err)
+    assert wait_for(process, (tmp_path / "run" / "checkpoints" / "step-000004").exists)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    said = (tmp_path / "err.txt").read_text()
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("stopped after step")
 
 
 def test_a_second_interrupt_ends_the_run_at_once(uncut, tmp_path):
