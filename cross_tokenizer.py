@@ -291,7 +291,7 @@ def common_names(
     for tokens, others in ((student, sorted(teacher)), (teacher, sorted(student))):
         for token in set(tokens) - shared:
             first = bisect.bisect_left(others, token)
-            if others[first : first + 1] and others[first].startswith(token):
+            if first < len(others) and others[first].startswith(token):
                 names.add(token)
     before = 0
     while before != len(names):
