@@ -388,7 +388,7 @@ def packed_layers(model: LanguageModel) -> Iterator[None]:
     if model.compute_dtype == torch.float32:  # autocast knows nothing of the other order
         for layer in layers:
             copy = packed(layer.weight)
-            layer.packed = copy if copy.is_mkldnn else None
+            layer.packed = copy if copy.is_mkldnn else None  # FSDP moves weights: keep none of them
     try:
         yield
     finally:

@@ -294,7 +294,7 @@ def common_names(
             if first < len(others) and others[first].startswith(token):
                 names.add(token)
     before = 0
-    while before != len(names):
+    while before != len(names):  # the name that a token falls back on may be contradicted too
         before = len(names)
         for pair in starts:
             short, long = sorted((longest_prefix(token, names) for token in pair), key=len)
@@ -381,8 +381,8 @@ class Alignments:
         self.tables = [c.tables(self.device) for c in self.inside]
         self.counts = [(t.tokens.counts.cpu(), t.other.counts.cpu()) for t in self.tables]
         own = [b for b in self.spelled[0] if b and not b.startswith(END)]
-        shared = set(self.spelled[1])
-        self.overlap = sum(b in shared for b in own) / max(1, len(own))
+        theirs = set(self.spelled[1])
+        self.overlap = sum(b in theirs for b in own) / max(1, len(own))
 
     def _starts(self, examples: Sequence[Example]) -> set[tuple[bytes, bytes]]:
         """The student's and the teacher's token wherever both begin one."""
