@@ -5,14 +5,14 @@ The teacher answers every prompt, and the student learns to write the same, toke
     loss = −Σ_i log p_student(y_i | y_<i, prompt) / N,    y the teacher's answer
 
 over the N target tokens of a batch: ordinary cross-entropy, in which the teacher's distribution
-over sequences is replaced by its most likely answer (--sampling-temperature 0) or by samples
-from it. Only text crosses, so any teacher will do that can write, also one that is known only as a
-server (--api-base-url), and the student may have any tokenizer.
+over sequences is replaced by its most likely answer (--sampling-temperature 0) or by samples from
+it. The student sees only the teacher's text, so any teacher that can generate text works, also one
+behind an API (--api-base-url), and the student may have any tokenizer.
 
-Kim & Rush 2016, "Sequence-level knowledge distillation" (section 3.2; they search with a beam,
-here the answer is greedy or sampled); DeepSeek-AI 2025, "DeepSeek-R1" (section 2.4: samples of a
-reasoning teacher, selected by whether the answer is right, and plain fine-tuning on them). Answers
-that the length limit cut, empty ones and repetitions are not learned from.
+Kim & Rush 2016, "Sequence-level knowledge distillation" (section 3.2; they search with a beam, here
+the answer is greedy or sampled); DeepSeek-AI 2025, "DeepSeek-R1" (section 2.4: samples of a
+reasoning teacher, selected by whether the answer is right, and plain fine-tuning on them). The
+student does not learn from answers that the length limit cut, empty ones and repetitions.
 
     python sequence_level.py
     python sequence_level.py --samples-per-prompt 4 --temperature 1 --keep-matching --max-steps 600
@@ -23,31 +23,25 @@ that the length limit cut, empty ones and repetitions are not learned from.
 from __future__ import annotations
 
 import asyncio
-import email.utils
-import functools
-import hashlib
 import importlib.util
 import json
 import os
-import random
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-from accelerate import Accelerator
+from accelerate import PartialState
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import common
 from common import (
-    Answer,
     Batch,
     CommonArguments,
+    Completion,
     Conversation,
     Example,
     LanguageModel,
@@ -58,21 +52,18 @@ from common import (
 )
 
 OBJECTIVE = Objective(ce_weight=1.0)
-
 KEY = "OPENAI_API_KEY"
 ATTEMPTS = 10  # for one answer
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds; each pause is twice the one before
-LONGEST_RETRY_AFTER = 600.0  # a server that asks for more is asked again by another run
 
-# How patiently a server is asked changes nothing that the student learns from.
-common.MAY_CHANGE.update({"api_concurrency", "api_timeout"})
+# Retry settings change nothing that the student learns from.
+common.FLAGS_FREE_ON_RESUME.update({"api_concurrency", "api_timeout"})
 
 
 @dataclass
 class Arguments(CommonArguments):
-    temperature: ClassVar[float] = 1.0  # no softmax to soften: here the flag is the next one's
+    temperature: ClassVar[float] = 1.0  # there is no softmax to soften: see the next flag's alias
     sampling_temperature: float = flag(
-        0.0, "at which the teacher writes its text (0: greedy)", aliases=["--temperature"]
+        0.0, "temperature of the teacher's text (0: greedy)", aliases=["--temperature"]
     )
     samples_per_prompt: int = flag(1, "answers sampled for each prompt; repetitions are dropped")
     keep_matching: bool = flag(
@@ -87,15 +78,16 @@ class Arguments(CommonArguments):
     )
     api_model: str | None = flag(None, "the teacher's name on that server")
     api_concurrency: int = flag(8, "requests under way at a time")
-    api_timeout: float = flag(600.0, "seconds to wait for one answer before asking again")
+    api_timeout: float = flag(
+        600.0, "seconds for one answer, with its retries, before it is asked again"
+    )
 
     def check(self) -> None:
-        """Refuse what contradicts itself, before anything is loaded."""
+        """Refuse flags that contradict each other, before anything is loaded."""
         changed = common.changed_flags(self)
         if self.samples_per_prompt < 1 or self.api_concurrency < 1 or self.api_timeout <= 0:
             raise UsageError(
-                "--samples-per-prompt and --api-concurrency must be 1 or more, "
-                "--api-timeout above 0"
+                "--samples-per-prompt and --api-concurrency must be 1 or more, --api-timeout above 0"
             )
         if self.samples_per_prompt > 1 and self.sampling_temperature == 0:
             raise UsageError(
@@ -110,13 +102,16 @@ class Arguments(CommonArguments):
             )
         if self.api_base_url is None:
             for name in changed.keys() & {"api_model", "api_concurrency", "api_timeout"}:
-                raise UsageError(f"--{name.replace('_', '-')} needs --api-base-url")
-            return
-        here = {"teacher", "teacher_revision", "teacher_dtype", "cache_teacher"}
-        for name in changed.keys() & here:
+                raise UsageError(f"{common.as_flag(name)} needs --api-base-url")
+        else:
+            self._check_api(changed)
+
+    def _check_api(self, changed: dict[str, Any]) -> None:
+        local = {"teacher", "teacher_revision", "teacher_dtype", "cache_teacher"}
+        for name in changed.keys() & local:
             raise UsageError(
-                f"--{name.replace('_', '-')} is for a teacher that is loaded here, and "
-                "--api-base-url names one that is not: choose one"
+                f"{common.as_flag(name)} is for a teacher that is loaded here, and --api-base-url "
+                "names one that is not: choose one"
             )
         if self.api_model is None:
             raise UsageError("--api-base-url needs --api-model, the teacher's name on that server")
@@ -136,117 +131,72 @@ class SequenceLevelLoss(nn.Module):
         super().__init__()
         self.trained, self.student = student.model, student
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Cross-entropy summed over the batch's N target tokens."""
-        loss, _ = common.distillation_loss(
-            self.student.states(batch), self.student.head(), batch.targets, OBJECTIVE
-        )
-        return loss
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cross-entropy summed over the batch's N targets, differentiable and detached."""
+        hidden, head = self.student.hidden_states(batch), self.student.head()
+        loss, sums = common.distillation_loss(hidden, head, batch.targets, OBJECTIVE)
+        return loss, sums[0]
 
 
 # ------------------------------------------------------------------------------ text to learn from
 
 
-Write = Callable[..., list[Answer]]  # (prompts, temperature=, top_p=, purpose=)
-
-
-class Text(NamedTuple):
-    """What the student is trained on, and what became of the teacher's answers."""
-
-    examples: list[Example]
-    rows: list[tuple[Conversation, str]]  # each example's conversation and the answer to it
-    selection: dict[str, int]  # answers written, kept, and dropped for each reason
-
-
-def load_models(
-    args: Arguments, accelerator: Accelerator
-) -> tuple[LanguageModel, LanguageModel | None, Write]:
-    """The student; the teacher, unless it is on a server; and how the teacher writes."""
-    if args.api_base_url:
-        student = common.load_student(args, accelerator.device)
-        return student, None, ApiTeacher(args, accelerator, student)
-    student, teacher = common.load_pair(args, accelerator.device)
-
-    def write(prompts: Sequence[Prompt], **settings: Any) -> list[Answer]:
-        ids = [p.teacher for p in prompts]
-        return common.teacher_responses(teacher, ids, args, accelerator, **settings)
-
-    return student, teacher, write
-
-
-def check_references(train: list[Conversation], args: Arguments) -> None:
-    """Refuse --keep-matching where a row has nothing that an answer could match."""
-    bare = next((c for c in train if not c.references), None)
-    if args.keep_matching and bare:
-        raise UsageError(f"{bare.where}: no reference that --keep-matching could compare with")
-
-
 def training_text(
-    train: list[Conversation],
-    prompts: list[Prompt],
-    student: LanguageModel,
-    teacher: LanguageModel | None,
-    write: Write,
-    args: Arguments,
-    accelerator: Accelerator,
-) -> Text:
-    """What --completions asks for: the teacher's text, selected, or the data set's own."""
+    train: list[Conversation], prompts: list[Prompt], pair: common.Pair, args: Arguments
+) -> tuple[list[Example], dict[str, int]]:
+    """What --completions names: the teacher's text, of which some is selected, or the data set's.
+
+    Also how many answers were written, kept, and dropped for each reason.
+    """
     if args.completions == "dataset":
-        source = teacher or student
-        return Text(
-            common.make_examples(train, prompts, student, source, args, accelerator), [], {}
-        )
-    text = select(prompts, student, teacher, write, args)
-    tokens = sum(len(e.student.targets) for e in text.examples)
-    accelerator.print(
-        f"training text: {described(text.selection)}, {tokens} target tokens; "
-        f"{len(train) - len(prompts)} prompts left out, as they do not fit into --max-length "
-        f"{args.max_length}"
-    )
-    return text
+        return common.make_examples(prompts, pair, args), {}
+    if args.keep_matching and (bare := next((c for c in train if not c.references), None)):
+        raise UsageError(f"{bare.source}: no reference that --keep-matching could compare with")
+    asked = [p for p in prompts for _ in range(args.samples_per_prompt)]
+    answers = pair.teacher.complete(
+        asked, args, temperature=args.sampling_temperature, top_p=args.top_p,
+        purpose="training text",
+    )  # fmt: skip
+    examples = common.completion_examples(asked, answers, pair, sys.maxsize)
+    return select(examples, answers, args)
 
 
 def select(
-    prompts: list[Prompt],
-    student: LanguageModel,
-    teacher: LanguageModel | None,
-    write: Write,
-    args: Arguments,
-) -> Text:
-    """--samples-per-prompt answers to every prompt, and those of them that are fit to learn from.
+    examples: list[Example], answers: list[Completion], args: Arguments
+) -> tuple[list[Example], dict[str, int]]:
+    """The examples that are fit to learn from, and counts of those that are not, by reason.
 
-    Raises `UsageError` where nothing is left.
+    Raises `UsageError` if none is left.
     """
-    asked = [p for p in prompts for _ in range(args.samples_per_prompt)]
-    answers = write(
-        asked, temperature=args.sampling_temperature, top_p=args.top_p, purpose="training text"
-    )
-    examples = common.teacher_examples(asked, answers, student, teacher, sys.maxsize)
-    kept: list[int] = []
-    dropped = Counter(cut_short=0, too_long=0, empty=0, duplicates=0)
+    kept: list[Example] = []
+    counts = Counter(written=len(answers), kept=0, cut_short=0, too_long=0, empty=0, duplicates=0)
     if args.keep_matching:
-        dropped["not_matching"] = 0
-    seen = set()
-    for i, (prompt, answer, example) in enumerate(zip(asked, answers, examples, strict=True)):
-        row = (json.dumps(prompt.conversation.messages), answer.text)
+        counts["not_matching"] = 0
+    known = set()
+    for example, answer in zip(examples, answers, strict=True):
+        conversation = example.prompt.conversation
+        row = (json.dumps(conversation.messages), answer.text)
         if not answer.finished:
-            dropped["cut_short"] += 1
+            counts["cut_short"] += 1
         elif len(example.student.ids) > args.max_length:
-            dropped["too_long"] += 1
+            counts["too_long"] += 1
         elif not answer.text.strip():
-            dropped["empty"] += 1
-        elif args.keep_matching and not matches(answer.text, prompt.conversation.references):
-            dropped["not_matching"] += 1
-        elif row in seen:
-            dropped["duplicates"] += 1
+            counts["empty"] += 1
+        elif args.keep_matching and not matches(answer.text, conversation.references):
+            counts["not_matching"] += 1
+        elif row in known:
+            counts["duplicates"] += 1
         else:
-            seen.add(row)
-            kept.append(i)
-    selection = {"written": len(answers), "kept": len(kept), **dropped}
+            known.add(row)
+            kept.append(example)
+    counts["kept"] = len(kept)
+    dropped = [f"{n} {name.replace('_', ' ')}" for name, n in counts.items()][2:]
+    summary = f"{len(kept)} of {len(answers)} answers kept ({', '.join(dropped)})"
     if not kept:
-        raise UsageError(f"nothing is left to learn from: {described(selection)}")
-    rows = [(asked[i].conversation, answers[i].text) for i in kept]
-    return Text([examples[i] for i in kept], rows, selection)
+        raise UsageError(f"nothing is left to learn from: {summary}")
+    tokens = sum(len(e.student.targets) for e in kept)
+    PartialState().print(f"training text: {summary}, {tokens} target tokens")
+    return kept, dict(counts)
 
 
 def matches(text: str, references: Sequence[str]) -> bool:
@@ -255,190 +205,144 @@ def matches(text: str, references: Sequence[str]) -> bool:
     return any(words == reference.split() for reference in references)
 
 
-def described(selection: dict[str, int]) -> str:
-    """What was kept, and what was dropped for which reason."""
-    dropped = [f"{n} {name.replace('_', ' ')}" for name, n in selection.items()][2:]
-    return f"{selection['kept']} of {selection['written']} answers kept ({', '.join(dropped)})"
-
-
-def write_completions(path: Path, rows: list[tuple[Conversation, str]]) -> None:
+def write_completions(path: Path, examples: list[Example]) -> None:
     """What the student is trained on, as a data set for `--dataset ... --completions dataset`."""
-    beside = path.with_name(path.name + ".part")
-    with common.make_writable(path.parent), open(beside, "w", encoding="utf-8") as stream:
-        for conversation, text in rows:
-            turns = [*conversation.messages, {"role": "assistant", "content": text}]
-            row = {"messages": turns}
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as file:
+        for example in examples:
+            conversation = example.prompt.conversation
+            turns = [*conversation.messages, {"role": "assistant", "content": example.text}]
+            row: dict[str, Any] = {"messages": turns}
             if conversation.references:
                 row["references"] = conversation.references
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        stream.flush()
-        os.replace(beside, path)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(part, path)
 
 
-# --------------------------------------------------------------------------- a teacher on a server
+# -------------------------------------------------------------------------- a teacher behind an API
 
 
 class ApiTeacher:
-    """A model behind an OpenAI-compatible server: it writes, and that is all that is known of it.
+    """A model behind an OpenAI-compatible server, of which nothing but its text is known.
 
-    Answers are kept under --cache-dir like those of a teacher that is loaded here, in a file named
-    after server, model and settings, whose lines are found by the messages and the number of the
-    sample. Each is recorded before its worker asks for the next, so that a cut loses at most
-    --api-concurrency of them. The key is in no file, and taken out of what a server says.
+    Answers are cached like those of a local teacher, found by server, model, settings, messages and
+    the number of the sample. Each is recorded before its worker asks for the next, so that a killed
+    run loses at most --api-concurrency of them. The key is in no file, and removed from what a
+    server says.
     """
 
-    def __init__(self, args: Arguments, accelerator: Accelerator, student: LanguageModel) -> None:
-        import openai  # takes a second to import, and a teacher that is loaded here needs none
+    def __init__(self, args: Arguments, student: LanguageModel) -> None:
+        import openai  # takes a second to import, and a local teacher needs none
 
-        self.openai, self.args, self.accelerator, self.student = openai, args, accelerator, student
+        self.openai, self.args, self.student = openai, args, student
         self.key = os.environ.get(KEY, "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise UsageError(f"{KEY} holds characters that no header can carry")
         self.base_url = args.api_base_url.rstrip("/")
         self.limit = "max_tokens"  # the limit's name: some servers want max_completion_tokens
         self.takes_seed = True
-        self.not_before = 0.0  # when the server wants to be asked again (time.monotonic)
-        self.pauses = 0
 
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        temperature: float,
-        top_p: float = 1.0,
-        purpose: str,
-    ) -> list[Answer]:
-        """Answers to the prompts' conversations, from the cache where they are known.
+    def complete(
+        self, prompts: Sequence[Prompt], args: Arguments, **sampling: Any
+    ) -> list[Completion]:
+        """Answers to the prompts' conversations, from the cache if they are there.
 
         Raises `UsageError` for a refused key, model or request, and for a server that does not
         recover; what it had written until then is kept.
         """
-        settings = {
-            "base_url": self.base_url,
-            "model": self.args.api_model,
-            "temperature": temperature,
-            "top_p": top_p if temperature else 1.0,
-            "max_new_tokens": self.args.max_new_tokens,
-            "seed": self.args.seed if temperature else 0,
-        }
-        name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-        path = Path(self.args.cache_dir) / "text" / f"api-{name}.jsonl"
         asked = [p.conversation.messages for p in prompts]
-        keys = common.sample_keys(asked, temperature)
-        processes, lock = self.accelerator.num_processes, path.with_suffix(".lock")
-        with common.make_writable(path.parent), common.one_writer(lock, self.accelerator):
-            known = common.read_text_cache(path)
-            self.accelerator.wait_for_everyone()
-            missing = {k: m for k, m in zip(keys, asked, strict=True) if k not in known}
-            mine = dict(list(missing.items())[self.accelerator.process_index :: processes])
-            if mine:
-                asyncio.run(self._ask_all(mine, settings, path, purpose))
-            self.accelerator.wait_for_everyone()
-            known = common.read_text_cache(path)
-        return [known[k] for k in keys]
+
+        def write(missing: dict[str, int], record: Callable[[str, Completion], None]) -> None:
+            queue = {key: asked[i] for key, i in missing.items()}
+            asyncio.run(self._ask_all(queue, record, sampling))
+
+        identity = ["api", self.base_url, args.api_model]
+        return common.cached_completions(prompts, asked, identity, args, write, **sampling)
 
     async def _ask_all(
-        self, missing: dict[str, Any], settings: dict[str, Any], path: Path, purpose: str
+        self,
+        queue: dict[str, common.Messages],
+        record: Callable[[str, Completion], None],
+        sampling: dict[str, Any],
     ) -> None:
-        """Ask for what is missing, --api-concurrency at a time, and record it as it arrives."""
+        """Ask --api-concurrency at a time, and record each answer as it arrives.
+
+        The client retries what may pass by itself (408, 409, 429, 5xx, broken connections) with
+        growing pauses, and obeys Retry-After.
+        """
+        waiting = iter(queue.items())
         client = self.openai.AsyncOpenAI(
-            base_url=self.base_url, api_key=self.key or "none", max_retries=0, timeout=None
-        )
-        bar = common.progress(self.accelerator, f"API writes ({purpose})", len(missing))
-        began, tokens, queue = time.perf_counter(), 0, iter(missing.items())
+            base_url=self.base_url, api_key=self.key or "none", max_retries=ATTEMPTS - 1,
+            timeout=self.args.api_timeout,
+        )  # fmt: skip
 
         async def work() -> None:
-            nonlocal tokens
-            for key, messages in queue:
-                answer = await self._ask(client, key, messages, settings)
-                line = {
-                    "key": key,
-                    "messages": messages,
-                    "response": answer.text,
-                    "response_ids": None,
-                    "tokens": answer.tokens,
-                    "finish_reason": "stop" if answer.finished else "length",
-                }
-                common.append_lines(path, [json.dumps(line, ensure_ascii=False) + "\n"])
-                tokens += answer.tokens
-                speed = f"{tokens / (time.perf_counter() - began):.0f}"
-                bar.set_postfix(tokens_per_second=speed, pauses=self.pauses, refresh=False)
-                bar.update()
+            for key, messages in waiting:
+                record(key, await self._ask(client, key, messages, sampling))
 
-        workers = max(1, self.args.api_concurrency // self.accelerator.num_processes)
-        with bar:
-            async with client:
-                await asyncio.gather(*(work() for _ in range(workers)))
+        workers = max(1, self.args.api_concurrency // PartialState().num_processes)
+        async with client:
+            await asyncio.gather(*(work() for _ in range(workers)))
 
     async def _ask(
-        self, client: Any, key: str, messages: common.Messages, settings: dict[str, Any]
-    ) -> Answer:
-        """One answer, asked for again after whatever may pass by itself."""
-        said = ""
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                if self.pauses == 0:
-                    tqdm.write(f"{self.base_url}: {said}; asking again after a pause", sys.stderr)
-                self.pauses += 1
-                pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1))
-                await asyncio.sleep(pause * random.uniform(0.5, 1))
-            while (wait := self.not_before - time.monotonic()) > 0:
-                await asyncio.sleep(wait)
-            request = self._request(key, messages, settings)
+        self, client: Any, key: str, messages: common.Messages, sampling: dict[str, Any]
+    ) -> Completion:
+        """One answer, asked for again if what arrives is none or arrives too late."""
+        reason = ""
+        for _ in range(ATTEMPTS):
+            request = self._request(key, messages, **sampling)
             try:
                 async with asyncio.timeout(self.args.api_timeout):
-                    return self._answer(await client.chat.completions.create(**request))
+                    return self._completion(await client.chat.completions.create(**request))
             except self.openai.APIStatusError as problem:
-                said = f"({problem.status_code}) {self._scrubbed(problem)}"
                 if not self._adapted(request, problem):
-                    self._check_refusal(problem, said)
-                    self._obey(problem.response.headers.get("retry-after"), said)
+                    self._refuse(problem)
             except TimeoutError:
-                said = f"no answer within --api-timeout {self.args.api_timeout:g} seconds"
+                reason = f"no answer within --api-timeout {self.args.api_timeout:g} seconds"
+            except self.openai.APIConnectionError as problem:
+                reason = f"{self._scrubbed(problem)} ({self._scrubbed(problem.__cause__)})"
+                break
             except (self.openai.APIError, ValueError) as problem:  # ValueError: not (whole) JSON
-                said = self._scrubbed(problem.__cause__ or problem)
+                reason = self._scrubbed(problem)
+            await asyncio.sleep(1)
         raise UsageError(
-            f"{self.base_url} failed {ATTEMPTS} times in a row, the last time so: {said}; "
+            f"{self.base_url} failed {ATTEMPTS} times in a row, the last time so: {reason}; "
             "start the same command later, the answers until now are kept"
         )
 
     def _request(
-        self, key: str, messages: common.Messages, settings: dict[str, Any]
+        self, key: str, messages: common.Messages, temperature: float, top_p: float = 1.0, **_: Any
     ) -> dict[str, Any]:
-        request = {
-            "model": self.args.api_model,
-            "messages": messages,
-            "temperature": settings["temperature"],
-            self.limit: self.args.max_new_tokens,
-        }
-        if settings["top_p"] < 1:
-            request["top_p"] = settings["top_p"]
-        if settings["temperature"] and self.takes_seed:
-            # 31 bits, as some servers take no more.
+        request = {"model": self.args.api_model, "messages": messages, "temperature": temperature}
+        request[self.limit] = self.args.max_new_tokens
+        if temperature and top_p < 1:
+            request["top_p"] = top_p
+        if temperature and self.takes_seed:
+            # 31 bits, because some servers take no more.
             request["seed"] = common.row_seed(self.args.seed, key) & 0x7FFFFFFF
         return request
 
-    def _answer(self, completion: Any) -> Answer:
+    def _completion(self, reply: Any) -> Completion:
         """What the server wrote; `ValueError` for what is no completion."""
-        try:  # the client builds its objects from whatever JSON there is, or gives a page as text
-            choice = completion.choices[0]
+        try:  # the client builds its objects from any JSON there is, or returns a page as text
+            choice = reply.choices[0]
             text, reason = choice.message.content or "", choice.finish_reason
-            thoughts = getattr(choice.message, "reasoning_content", None)
-            thoughts = thoughts or getattr(choice.message, "reasoning", None)
-            if thoughts:  # parted from the answer by the server: together as the model wrote them
-                text = f"<think>\n{thoughts.strip()}\n</think>\n\n{text.lstrip()}"
-            text = text.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair
+            reasoning = getattr(choice.message, "reasoning_content", None)
+            reasoning = reasoning or getattr(choice.message, "reasoning", None)
         except (AttributeError, TypeError, IndexError):
             reason = None
         if reason is None:
             raise ValueError("what the server sent is no completion")
-        tokens = getattr(completion.usage, "completion_tokens", None)
-        if tokens is None:
-            tokens = len(common.tokenize(self.student.tokenizer, text).ids)
-        return Answer(text, reason not in {"length", "content_filter"}, tokens, None)
+        if reasoning:  # some servers part it from the answer: joined as the model wrote it
+            text = f"<think>\n{reasoning.strip()}\n</think>\n\n{text.lstrip()}"
+        text = text.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair
+        length = getattr(reply.usage, "completion_tokens", None)
+        if length is None:
+            length = len(common.tokenize(self.student.tokenizer, text)[0])
+        return Completion(text, reason not in {"length", "content_filter"}, length, None)
 
     def _adapted(self, request: dict[str, Any], problem: Any) -> bool:
-        """Ask without, or by another name, for what this server does not take; whether there is."""
+        """Whether the request can be repeated without, or under another name, what was refused."""
         if problem.status_code not in {400, 422}:
             return False
         if "max_tokens" in request and "max_completion_tokens" in str(problem):
@@ -451,112 +355,76 @@ class ApiTeacher:
             return False
         return True
 
-    def _check_refusal(self, problem: Any, said: str) -> None:
-        """Raise `UsageError` for a status that asking again does not change."""
+    def _refuse(self, problem: Any) -> None:
+        """Raise the `UsageError` for a status that did not pass."""
         status = problem.status_code
+        reason = f"({status}) {self._scrubbed(problem)}"
         if status in {401, 403}:
             refused = f"refuses the key in {KEY}" if self.key else f"wants a key: set {KEY}"
-            raise UsageError(f"{self.base_url} {refused}: {said}") from None
+            raise UsageError(f"{self.base_url} {refused}: {reason}") from None
         if status == 404:
             raise UsageError(
-                f"{self.base_url} has no model {self.args.api_model}, or no chat there: {said}"
+                f"{self.base_url} has no model {self.args.api_model}, or no chat there: {reason}"
             ) from None
-        passes = status >= 500 or status in {408, 409, 425, 429}
-        if not passes or problem.code == "insufficient_quota":
-            raise UsageError(f"{self.base_url} refuses the request: {said}") from None
+        if status < 500 and status not in {408, 409, 429} or problem.code == "insufficient_quota":
+            raise UsageError(f"{self.base_url} refuses the request: {reason}") from None
+        raise UsageError(
+            f"{self.base_url} does not recover: {reason}; start the same command later, the answers "
+            "until now are kept"
+        ) from None
 
-    def _obey(self, header: str | None, said: str) -> None:
-        """Let nobody ask before the time that a Retry-After header names."""
-        seconds = retry_after(header)
-        if seconds > LONGEST_RETRY_AFTER:
-            raise UsageError(
-                f"{self.base_url} wants to be left alone for {seconds:.0f} seconds: start the same "
-                f"command then, the answers until now are kept; it said: {said}"
-            ) from None
-        self.not_before = max(self.not_before, time.monotonic() + seconds)
-
-    def _scrubbed(self, problem: BaseException) -> str:
+    def _scrubbed(self, problem: BaseException | None) -> str:
         """What went wrong, on one line and without the key, which a server may repeat."""
         text = str(problem).replace(self.key, "[key]") if self.key else str(problem)
         return common.first_line(Exception(text))
 
 
-def retry_after(header: str | None) -> float:
-    """Seconds that a Retry-After header asks for, in either of its forms; 0 without one."""
-    try:
-        return max(0.0, float(header or 0))
-    except ValueError:
-        date = email.utils.parsedate_tz(header)
-        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
-
-
 def main(args: Arguments) -> None:
     args.check()
     accelerator = common.start("sequence_level", args)
-    device = accelerator.device
     train, held_out = common.load_data(args)
-    check_references(train, args)
-    student, teacher, write = load_models(args, accelerator)
-    prompts = common.encode_for_both(train, student, teacher, args.max_length)
-    evaluation = common.encode_for_both(held_out, student, teacher, args.max_length)
+    if args.api_base_url:
+        student = common.load_student(args, accelerator.device)
+        pair = common.Pair(student, ApiTeacher(args, student))
+    else:
+        student, _ = pair = common.load_pair(args, accelerator.device)
+    prompts = common.tokenize_prompts(train, pair, args.max_length)
+    evaluation = common.tokenize_prompts(held_out, pair, args.max_length)
 
-    text = training_text(train, prompts, student, teacher, write, args, accelerator)
-    examples = text.examples
-    written = functools.partial(write, evaluation)
-    evaluator = common.Evaluator(evaluation, student, teacher, args, accelerator, written)
-    del teacher, write, written  # from here on nobody needs the teacher's weights
+    examples, selection = training_text(train, prompts, pair, args)
+    evaluator = common.Evaluator(evaluation, pair, args)
+    del pair  # training needs nothing more of the teacher
     run = common.Run("sequence_level", args, accelerator, args.api_model)
-    if accelerator.is_main_process and text.rows:
-        write_completions(run.directory / "completions.jsonl", text.rows)
-    before = run.before(evaluator, student)
+    if accelerator.is_main_process and selection:
+        write_completions(run.directory / "completions.jsonl", examples)
+    before = run.evaluate_before(evaluator, student)
 
     module = SequenceLevelLoss(student)
     module, optimizer = accelerator.prepare(module, common.make_optimizer(module, args))
     steps = common.total_steps(args, len(examples))
-    first = run.resume(steps)
-    bar = common.progress(accelerator, "training", steps, first)
-    student.model.train()
-    for step in range(first, steps):
-        common.reseed(args, step, accelerator)
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, steps, args)
-        micro_batches, tokens = common.micro_batches(examples, args, step, accelerator)
+    for step in range(run.resume(steps, student), steps):
+        common.begin_step(step, steps, optimizer, args)
+        batch = common.global_batch(examples, args, step)
+        micro_batches, tokens = common.split_micro_batches(batch, args)
         total = 0.0
         for micro_batch in micro_batches:
-            batch = common.collate([e.student for e in micro_batch], device)
+            inputs = common.collate([e.student for e in micro_batch], accelerator.device)
             with common.reduce_gradients(accelerator, module, micro_batch is micro_batches[-1]):
-                loss = module(batch)
-                # DDP averages over processes; the sum over them, per token, is what is wanted.
+                loss, part = module(inputs)
+                # DDP averages over processes, so their number restores the sum.
                 accelerator.backward(loss * (accelerator.num_processes / tokens))
-            total += loss.detach()
-            del loss  # its graph would lie between the arrays of the next one
+            total += part
+            del loss  # frees the graph before the next one is made
         norm = accelerator.clip_grad_norm_(module.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
-        run.log(
-            step + 1,
-            tokens,
-            {
-                "train/loss": accelerator.reduce(total / tokens),
-                "optim/lr": optimizer.param_groups[0]["lr"],
-                "optim/grad_norm": norm,
-            },
-            [e.where for micro_batch in micro_batches for e in micro_batch],
-        )
-        bar.update()
-        last = step + 1 == steps
-        if last or (step + 1) % args.logging_steps == 0:
-            common.show(bar, run.flush())
-        if not last and args.eval_steps and (step + 1) % args.eval_steps == 0:
-            run.flush()
-            run.write_scores(step + 1, common.scores(evaluator(student)))
+        loss, lr = accelerator.reduce(total / tokens), optimizer.param_groups[0]["lr"]
+        numbers = {"train/loss": loss, "optim/lr": lr, "optim/grad_norm": norm}
+        run.log(step + 1, tokens, numbers, micro_batches)
+        run.evaluate(step + 1, evaluator, student)
         run.save(step + 1)
-    bar.close()
-
-    after = evaluator(student, show=3)
-    run.write_scores(steps, common.scores(after))
-    run.finish(student, before, after, evaluator, training_text=text.selection)
+    run.finish(student, before, evaluator, training_text=selection)
 
 
 if __name__ == "__main__":

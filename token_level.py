@@ -1,19 +1,19 @@
 """Token-level distillation: the student learns the teacher's whole next-token distribution.
 
-At every token of a text the teacher does not say only which token comes next but how likely each
-token of the vocabulary is. The student is trained to give the same distribution:
+At every token of a text the teacher says not only which token comes next but how likely each token
+of the vocabulary is. The student is trained to give the same distribution:
 
     loss = T² · Σ_i D( p_teacher(· | x_<i ; T) , p_student(· | x_<i ; T) ) / N  +  w · CE
 
-over the N target tokens (those that the assistant wrote) of a batch; D is KL(teacher ‖ student)
+over the N target tokens of a batch (those that the assistant wrote). D is KL(teacher ‖ student)
 (--kl forward), KL(student ‖ teacher) (--kl reverse) or the generalised Jensen-Shannon divergence
-(--kl jsd); T is --temperature, w is --ce-weight. Both models must have the same vocabulary;
-cross_tokenizer.py is for those that have not.
+(--kl jsd); T is --temperature, w is --ce-weight. Both models must have the same vocabulary; use
+cross_tokenizer.py if they do not.
 
 Hinton, Vinyals & Dean 2015, "Distilling the knowledge in a neural network" (T², section 2);
 Agarwal et al. 2024, "On-policy distillation of language models" (the divergences, eq. 1 and 2);
-Ko et al. 2024, "DistiLLM" (--skew). Departures: the sum is divided by the tokens of the whole
-global batch, not by sentences; the text is sampled from the teacher unless --completions dataset.
+Ko et al. 2024, "DistiLLM" (--skew). Departures: the sum is divided by the number of tokens in the
+global batch, not by sentences; the teacher samples the text unless --completions dataset.
 
     python token_level.py
     python token_level.py --kl reverse
@@ -38,7 +38,7 @@ class Arguments(CommonArguments):
     )
     jsd_beta: float = flag(0.5, "the teacher's share of the jsd mixture, strictly inside (0, 1)")
     skew: float = flag(
-        0.0, "mix this share of the compared distribution into the other (DistiLLM: 0.1; 0: off)"
+        0.0, "mix this share of the first distribution into the second (DistiLLM: 0.1; 0: off)"
     )
     ce_weight: float = flag(0.0, "weight of cross-entropy on the text's own tokens")
 
@@ -46,7 +46,7 @@ class Arguments(CommonArguments):
         """The divergence and its weights; `UsageError` for values where it degenerates."""
         if not 0 < self.jsd_beta < 1:
             raise UsageError(
-                "--jsd-beta must lie inside (0, 1): its ends are --kl forward, reverse"
+                "--jsd-beta must lie inside (0, 1): its ends are --kl forward and reverse"
             )
         if not 0 <= self.skew < 1:
             raise UsageError("--skew must lie in [0, 1)")
@@ -63,86 +63,61 @@ class TokenLevelLoss(nn.Module):
         self.trained = student.model
         self.student, self.teacher_head, self.objective = student, teacher_head, objective
 
-    def forward(self, batch: Batch, teacher_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss summed over the batch's N target tokens, and the sums of (D_T, cross-entropy).
+    def forward(self, batch: Batch, teacher_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss summed over the batch's N targets, and the sums (2,) of loss and divergence.
 
-        `teacher_states` (N, d) are the teacher's at the same targets.
+        `teacher_hidden` (N, d) are the teacher's hidden states at the same targets.
         """
+        hidden, head = self.student.hidden_states(batch), self.student.head()
         return common.distillation_loss(
-            self.student.states(batch),
-            self.student.head(),
-            batch.targets,
-            self.objective,
-            teacher_states,
-            self.teacher_head,
+            hidden, head, batch.targets, self.objective, teacher_hidden, self.teacher_head
         )
 
 
 def main(args: Arguments) -> None:
     objective = args.objective()
     accelerator = common.start("token_level", args)
-    device = accelerator.device
     train, held_out = common.load_data(args)
-    student, teacher = common.load_pair(args, device)
-    common.check_same_vocabulary(student, teacher)
-    prompts = common.encode_for_both(train, student, teacher, args.max_length)
-    evaluation = common.encode_for_both(held_out, student, teacher, args.max_length)
+    student, teacher = pair = common.load_pair(args, accelerator.device)
+    pair.check_same_vocabulary()
+    prompts = common.tokenize_prompts(train, pair, args.max_length)
+    evaluation = common.tokenize_prompts(held_out, pair, args.max_length)
 
-    examples = common.make_examples(train, prompts, student, teacher, args, accelerator)
-    evaluator = common.Evaluator(evaluation, student, teacher, args, accelerator)
-    states = common.TeacherStates(teacher, examples, args, accelerator, "training text")
+    examples = common.make_examples(prompts, pair, args)
+    evaluator = common.Evaluator(evaluation, pair, args)
+    teacher_hidden = common.TeacherHiddenStates(teacher, examples, args, "training text")
+    if args.cache_teacher:
+        teacher.unload()  # its head and hidden states are all that training needs
     run = common.Run("token_level", args, accelerator)
-    before = run.before(evaluator, student)
+    before = run.evaluate_before(evaluator, student)
 
     module = TokenLevelLoss(student, teacher.head(), objective)
     module, optimizer = accelerator.prepare(module, common.make_optimizer(module, args))
     steps = common.total_steps(args, len(examples))
-    first = run.resume(steps)
-    bar = common.progress(accelerator, "training", steps, first)
-    student.model.train()
-    for step in range(first, steps):
-        common.reseed(args, step, accelerator)
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, steps, args)
-        micro_batches, tokens = common.micro_batches(examples, args, step, accelerator)
+    for step in range(run.resume(steps, student), steps):
+        common.begin_step(step, steps, optimizer, args)
+        batch = common.global_batch(examples, args, step)
+        micro_batches, tokens = common.split_micro_batches(batch, args)
         sums = 0.0
         for micro_batch in micro_batches:
-            batch = common.collate([e.student for e in micro_batch], device)
+            inputs = common.collate([e.student for e in micro_batch], accelerator.device)
             with common.reduce_gradients(accelerator, module, micro_batch is micro_batches[-1]):
-                loss, parts = module(batch, states(micro_batch))
-                # DDP averages over processes; the sum over them, per token, is what is wanted.
+                loss, parts = module(inputs, teacher_hidden(micro_batch))
+                # DDP averages over processes, so their number restores the sum.
                 accelerator.backward(loss * (accelerator.num_processes / tokens))
             sums += parts
-            del loss  # its graph would lie between the arrays of the next one
+            del loss  # frees the graph before the next one is made
         norm = accelerator.clip_grad_norm_(module.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
-        kl, ce = accelerator.reduce(sums / tokens)
-        run.log(
-            step + 1,
-            tokens,
-            {
-                "train/loss": args.temperature**2 * kl + args.ce_weight * ce,
-                "train/kl": kl,
-                "optim/lr": optimizer.param_groups[0]["lr"],
-                "optim/grad_norm": norm,
-            },
-            [e.where for micro_batch in micro_batches for e in micro_batch],
-        )
-        bar.update()
-        last = step + 1 == steps
-        if last or (step + 1) % args.logging_steps == 0:
-            common.show(bar, run.flush())
-        if not last and args.eval_steps and (step + 1) % args.eval_steps == 0:
-            run.flush()
-            run.write_scores(step + 1, common.scores(evaluator(student)))
+        loss, kl = accelerator.reduce(sums / tokens)
+        lr = optimizer.param_groups[0]["lr"]
+        numbers = {"train/loss": loss, "train/kl": kl, "optim/lr": lr, "optim/grad_norm": norm}
+        run.log(step + 1, tokens, numbers, micro_batches)
+        run.evaluate(step + 1, evaluator, student)
         run.save(step + 1)
-    bar.close()
-
-    after = evaluator(student, show=3)
-    run.write_scores(steps, common.scores(after))
-    run.finish(student, before, after, evaluator)
+    run.finish(student, before, evaluator)
 
 
 if __name__ == "__main__":
