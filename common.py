@@ -28,7 +28,6 @@ import functools
 import gzip
 import hashlib
 import importlib.metadata
-import importlib.util
 import io
 import itertools
 import json
@@ -38,12 +37,14 @@ import os
 import shlex
 import shutil
 import signal
+import statistics
 import sys
 import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -75,19 +76,28 @@ from transformers.utils.hub import extract_commit_hash
 
 STARTED = time.perf_counter()
 DATA = Path(__file__).resolve().parent / "data"
+Tokenizer = PreTrainedTokenizerBase
 
 
 class UsageError(Exception):
-    """Wrong input. `launch` prints its message as one sentence and exits with code 2."""
+    """Wrong input or failed training: `launch` prints one sentence and exits with `exit_code`."""
 
-    exit_code = 2
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
-class TrainingError(UsageError):
-    """Training failed although the input was right."""
+@contextlib.contextmanager
+def usage_error(prefix: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds become a `UsageError`: the prefix and the first line of the message."""
+    try:
+        yield
+    except kinds as problem:
+        text = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
+        raise UsageError(f"{prefix}: {text.strip().splitlines()[0][:300]}") from None
 
-    exit_code = 1
 
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 # ------------------------------------------------------------------------------------ arguments
 
@@ -112,16 +122,10 @@ class CommonArguments:
     dataset_split: str = flag("train", "split of a hub data set or directory")
     max_rows: int = flag(0, "use only the first N rows of --dataset (0: all)")
     eval_dataset: str | None = flag(
-        None,
-        "held-out conversations; default: the embedded ones for the embedded data set, else "
-        "--eval-size rows of --dataset, chosen by --seed and not trained on",
+        None, "held-out conversations; without it --eval-size rows of --dataset are held out"
     )
-    eval_size: int = flag(
-        0, "rows to evaluate on (0: 1000, or a tenth of --dataset if held out of it, at most 1000)"
-    )
-    completions: Literal["teacher", "dataset"] = flag(
-        "teacher", "the text to learn from: written by the teacher, or the data set's responses"
-    )
+    eval_size: int = flag(0, "rows to evaluate on (0: 1000; if held out, a tenth, at most 1000)")
+    completions: Literal["teacher", "dataset"] = flag("teacher", "whose answers to learn from")
     max_length: int = flag(512, "tokens in an example, prompt and response together")
     max_new_tokens: int = flag(128, "tokens generated in a response")
 
@@ -140,10 +144,10 @@ class CommonArguments:
     max_grad_norm: float = flag(1.0, "gradients are clipped to this global norm")
     seed: int = flag(0, "determines data order, held-out rows and every sampled token")
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
-        "auto", "the student computes in this (weights stay float32); auto: bfloat16 on a GPU"
+        "auto", "the student computes in this (its weights are float32); auto: bfloat16 on a GPU"
     )
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "the teacher's weights; auto: bfloat16 on a GPU, float32 on a CPU"
+        "auto", "the teacher's weights; auto: bfloat16 on a GPU"
     )
     attn_implementation: str | None = flag(None, "sdpa, eager, flash_attention_2, ...")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, slower")
@@ -158,9 +162,7 @@ class CommonArguments:
     logging_steps: int = flag(10, "steps between writes to metrics.jsonl")
     report_to: str = flag("none", "send metrics to a tracker too: tensorboard, wandb, ...")
     cache_dir: str = flag("runs/cache", "where the teacher's text is kept for later runs")
-    cache_teacher: bool = flag(
-        True, "keep the teacher's final hidden states in --cache-dir too: it reads each text once"
-    )
+    cache_teacher: bool = flag(True, "keep the teacher's final hidden states there too")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -187,14 +189,10 @@ def parse_arguments(
     parser = _Parser(
         kind, description=description, formatter_class=_HelpFormatter, allow_abbrev=False
     )
-    args, unknown = parser.parse_args_into_dataclasses(
-        argv, look_for_args_file=False, return_remaining_strings=True
-    )
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]}")
     try:
+        (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         check_arguments(args)
-    except UsageError as problem:
+    except (ValueError, UsageError) as problem:  # ValueError: an unknown flag
         parser.error(str(problem))
     return args
 
@@ -209,23 +207,21 @@ def check_arguments(args: CommonArguments) -> None:
         if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
             allowed = "above 0" if name in positive else "0 or more"
             raise UsageError(f"{as_flag(name)} must be a finite number, {allowed}, not {value}")
-    if not 0 < args.top_p <= 1:
-        raise UsageError(f"--top-p must lie in (0, 1], not {args.top_p}")
-    if args.resume and args.overwrite:
-        raise UsageError("--resume continues a run and --overwrite removes it: choose one")
-    if args.resume and not args.output_dir:
-        raise UsageError("--resume needs --output-dir, the directory of the run to continue")
-    if args.max_steps <= 0 and args.epochs == 0:
-        raise UsageError("nothing to train: --epochs is 0 and --max-steps is not given")
-    if args.lora_rank and not importlib.util.find_spec("peft"):
-        raise UsageError('--lora-rank needs peft: pip install -e ".[lora]"')
-    if args.report_to not in {"none", *LoggerType.list()} - {"all"}:
-        raise UsageError(f"--report-to {args.report_to}: accelerate knows no such tracker")
-    if args.report_to not in {"none", *map(str, get_available_trackers())}:
-        extra = '-e ".[trackers]"' if args.report_to == "tensorboard" else args.report_to
-        raise UsageError(f"--report-to {args.report_to} is not installed: pip install {extra}")
-    if args.chat_template and not Path(args.chat_template).is_file():
-        raise UsageError(f"--chat-template: no file {args.chat_template}")
+    tracker = args.report_to
+    install = '-e ".[trackers]"' if tracker == "tensorboard" else tracker
+    known, installed = LoggerType.list(), [str(t) for t in get_available_trackers()]
+    for wrong, message in (
+        (not 0 < args.top_p <= 1, f"--top-p must lie in (0, 1], not {args.top_p}"),
+        (args.resume and args.overwrite, "--resume and --overwrite contradict each other"),
+        (args.resume and not args.output_dir, "--resume needs --output-dir, the run to continue"),
+        (args.max_steps <= 0 and not args.epochs, "--epochs is 0 and --max-steps is not given"),
+        (args.lora_rank and not find_spec("peft"), '--lora-rank needs pip install -e ".[lora]"'),
+        (tracker not in {"none", *known} - {"all"}, f"--report-to: unknown tracker {tracker}"),
+        (tracker not in ("none", *installed), f"--report-to {tracker} needs pip install {install}"),
+        (not Path(args.chat_template or ".").exists(), f"no --chat-template {args.chat_template}"),
+    ):
+        if wrong:
+            raise UsageError(message)
 
 
 def launch(main: Callable[[Any], None], kind: type[CommonArguments], description: str) -> None:
@@ -237,7 +233,7 @@ def launch(main: Callable[[Any], None], kind: type[CommonArguments], description
         exit_with(problem, problem.exit_code)
     except OSError as problem:
         place = problem.filename or f"{args.output_dir or 'runs'} or {args.cache_dir}"
-        exit_with(f"cannot read or write {place}: {problem.strerror or first_line(problem)}")
+        exit_with(f"cannot read or write {place}: {problem.strerror or problem}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -251,12 +247,6 @@ def exit_with(problem: Any, code: int = 2) -> None:
     """End the process with one sentence on standard error."""
     print(f"error: {problem}", file=sys.stderr)
     sys.exit(code)
-
-
-def first_line(problem: Exception) -> str:
-    """The first line of an exception's message; libraries append paragraphs of advice."""
-    text = str(problem.args[0] if problem.args else problem).strip()
-    return (text.splitlines() or [type(problem).__name__])[0][:300]
 
 
 def as_flag(name: str) -> str:
@@ -305,25 +295,20 @@ def load_conversations(
     else:
         records = _dataset_records(source, config, split)
     conversations = []
-    for place, record in records:
-        if max_rows and len(conversations) == max_rows:
-            break
-        try:
+    for place, record in itertools.islice(records, max_rows or None):
+        with usage_error(place, ValueError):
             conversations.append(_as_conversation(record, place))
-        except ValueError as problem:
-            raise UsageError(f"{place}: {problem}") from None
     if not conversations:
         raise UsageError(f"{source} holds no rows")
     return conversations
 
 
 def _read_text(source: str) -> str:
-    try:
+    with usage_error(f"cannot read {source}", OSError, EOFError):
         raw = Path(source).read_bytes()
         raw = gzip.decompress(raw) if source.endswith(".gz") else raw
+    try:
         return raw.decode("utf-8-sig")
-    except OSError as problem:
-        raise UsageError(f"cannot read {source}: {problem.strerror or problem}") from None
     except UnicodeDecodeError as problem:
         line = raw[: problem.start].count(b"\n") + 1
         raise UsageError(f"{source}:{line}: not UTF-8") from None
@@ -350,8 +335,7 @@ def _csv_records(source: str) -> Iterator[tuple[str, Any]]:
     """Every cell is text: a reader that guesses types would turn the word `null` into None."""
     reader = csv.DictReader(io.StringIO(_read_text(source), newline=""))
     for record in reader:
-        cells = {k: v for k, v in record.items() if k is not None and v not in (None, "")}
-        yield f"{source}:{reader.line_num}", cells
+        yield f"{source}:{reader.line_num}", {k: v for k, v in record.items() if k and v}
 
 
 def _dataset_records(source: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
@@ -359,13 +343,12 @@ def _dataset_records(source: str, config: str | None, split: str) -> Iterator[tu
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        if Path(source).suffix == ".parquet":
+    # `datasets` lets errors of its many back ends through.
+    with usage_error(f"cannot load the data set {source}", Exception):
+        if source.endswith(".parquet"):
             data = datasets.load_dataset("parquet", data_files=source, split="train")
         else:
             data = datasets.load_dataset(source, config, split=split)
-    except Exception as problem:  # `datasets` lets errors of its many back ends through
-        raise UsageError(f"cannot load the data set {source}: {first_line(problem)}") from None
     yield from ((f"{source}: row {i}", record) for i, record in enumerate(data, 1))
 
 
@@ -375,35 +358,30 @@ def _as_conversation(record: Any, source: str) -> Conversation:
         raise ValueError("a row must be an object with named columns")
     record = {key: value for key, value in record.items() if value is not None}
     turns = record.get("messages", record.get("conversations"))
-    if turns is not None:
-        if not isinstance(turns, list):
-            raise ValueError("a conversation must be a list of turns")
-        messages = [_as_message(turn) for turn in turns]
-    elif "instruction" in record:
+    with_answer = turns is not None  # else a column of its own holds the answer
+    if turns is None and "instruction" in record:
         parts = [_as_text(record[k]) for k in ("instruction", "input") if record.get(k)]
-        messages = [{"role": "user", "content": "\n\n".join(parts)}]
-    elif isinstance(record.get("prompt"), list):
-        messages = [_as_message(turn) for turn in record["prompt"]]
-    elif "prompt" in record:
-        messages = [{"role": "user", "content": _as_text(record["prompt"])}]
-    else:
+        turns = "\n\n".join(parts)
+    turns = record.get("prompt") if turns is None else turns
+    if turns is None:
         raise ValueError(
-            "none of the columns messages, conversations, prompt, instruction is there and not null"
+            "no column messages, conversations, prompt or instruction that is not null"
         )
+    if isinstance(turns, str) and not with_answer:
+        turns = [{"role": "user", "content": turns}]
+    if not isinstance(turns, list):
+        raise ValueError(f"a prompt must be a string or a list, not {type(turns).__name__}")
+    messages = [_as_message(turn) for turn in turns]
     answer = next((record[k] for k in ("completion", "response", "output") if k in record), None)
     if isinstance(answer, list) and len(answer) == 1:
         answer = _as_message(answer[0])["content"]
-    if turns is not None and messages and messages[-1]["role"] == "assistant":
+    if with_answer and messages and messages[-1]["role"] == "assistant":
         answer = messages.pop()["content"]
-    if not messages:
-        raise ValueError("there is no turn to answer")
-    if messages[-1]["role"] == "assistant":
-        raise ValueError("two assistant turns follow each other")
-    if answer is not None:
-        _as_text(answer)
+    if not messages or messages[-1]["role"] == "assistant":
+        raise ValueError("there is no turn to answer, or two assistant turns follow each other")
+    answer = None if answer is None else _as_text(answer)
     references = record.get("references", [record["reference"]] if "reference" in record else [])
-    if not references and answer is not None:
-        references = [answer]
+    references = references or ([] if answer is None else [answer])
     if not isinstance(references, list) or not all(isinstance(r, str) for r in references):
         raise ValueError("references must be a list of strings")
     return Conversation(messages, answer, references, source)
@@ -413,47 +391,42 @@ def _as_message(turn: Any) -> dict[str, str]:
     if not isinstance(turn, dict):
         raise ValueError("a turn must be an object with role and content")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    role = {"human": "user", "gpt": "assistant"}.get(role, role)
     if role is None:
         raise ValueError("a turn has no role")
     if content is None:
         raise ValueError(f"the content of a {role} turn is null or missing")
-    return {"role": role, "content": _as_text(content)}
+    return {
+        "role": {"human": "user", "gpt": "assistant"}.get(role, role),
+        "content": _as_text(content),
+    }
 
 
 def _as_text(value: Any) -> str:
     """A string that can be encoded; JSON can spell half of a surrogate pair, which cannot."""
     if not isinstance(value, str):
         raise ValueError(f"text must be a string, not {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError("text holds half of a surrogate pair") from None
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("text holds half of a surrogate pair")
     return value
 
 
 def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversation]]:
     """Training and evaluation conversations, which share no row."""
-    train = load_conversations(args.dataset, args.dataset_config, args.dataset_split, args.max_rows)
-    unanswered = next((c for c in train if c.response is None), None)
+    rows = load_conversations(args.dataset, args.dataset_config, args.dataset_split, args.max_rows)
+    unanswered = next((c for c in rows if c.response is None), None)
     if args.completions == "dataset" and unanswered:
-        raise UsageError(
-            f"{unanswered.source}: no assistant turn at the end, which --completions dataset "
-            "would train on"
-        )
+        raise UsageError(f"{unanswered.source}: no assistant turn for --completions dataset")
     eval_dataset = args.eval_dataset
     if eval_dataset is None and args.dataset == CommonArguments.dataset:
         eval_dataset = str(DATA / "eval.jsonl")
     if eval_dataset is not None:
-        return train, load_conversations(eval_dataset, max_rows=args.eval_size or 1000)
-    size = args.eval_size or min(1000, math.ceil(len(train) / 10))
-    if size >= len(train):
-        raise UsageError(
-            f"--eval-size {size} leaves nothing of the {len(train)} rows of {args.dataset}"
-        )
-    order = torch.randperm(len(train), generator=generator_for(args.seed, "held out")).tolist()
-    held_out = [train[i] for i in sorted(order[:size])]
-    return [train[i] for i in sorted(order[size:])], held_out
+        return rows, load_conversations(eval_dataset, max_rows=args.eval_size or 1000)
+    size = args.eval_size or min(1000, math.ceil(len(rows) / 10))
+    if size >= len(rows):
+        raise UsageError(f"--eval-size {size} leaves nothing of {len(rows)} rows of {args.dataset}")
+    order = torch.randperm(len(rows), generator=generator_for(args.seed, "held out")).tolist()
+    held_out = [rows[i] for i in sorted(order[:size])]
+    return [rows[i] for i in sorted(order[size:])], held_out
 
 
 def generator_for(seed: int, purpose: str, index: int = 0) -> torch.Generator:
@@ -469,7 +442,7 @@ class Head(NamedTuple):
     """The output layer: logits = softcap(scale · (hidden @ weightᵀ + bias))."""
 
     weight: Tensor  # (V, d)
-    bias: Tensor | None  # (V,)
+    bias: Tensor | None = None  # (V,)
     scale: float = 1.0
     softcap: float | None = None
 
@@ -489,8 +462,8 @@ class Head(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def backward(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
-        """The gradient (n, V) at the logits to that before scale and softcap, which needs `logits`."""
-        if self.softcap is not None:
+        """Gradient at the logits to gradient before scale and softcap (n, V)."""
+        if self.softcap is not None:  # the only use of `logits`
             gradient = gradient * (1 - (logits / self.softcap).square())
         return gradient if self.scale == 1.0 else gradient * self.scale
 
@@ -511,7 +484,7 @@ class LanguageModel:
     """A causal language model with its tokenizer. Its weights are loaded when first used."""
 
     name: str
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     config: PreTrainedConfig
     end_ids: list[int]  # every id that ends a response, first the one to finish a response with
     compute_dtype: torch.dtype
@@ -519,7 +492,7 @@ class LanguageModel:
     digest: str  # identifies weights, configuration and tokenizer
     load: Callable[[LanguageModel], PreTrainedModel]
     states_dir: Path | None = None  # where its head and hidden states are cached, if they are
-    cached_head: Head | None = None  # stands in for the model's own while that is not loaded
+    cached_head: Head | None = None  # used while the model is not loaded
     adapters: Any = None  # peft's wrapper of `model`, if LoRA is trained
 
     @functools.cached_property
@@ -529,6 +502,11 @@ class LanguageModel:
     @property
     def loaded(self) -> bool:
         return "model" in vars(self)
+
+    def unload(self) -> None:
+        """Free the memory of everything but the head; a later use loads the model again."""
+        self.cached_head = Head(*(t if t is None else t.detach() for t in self.head()[:2]))
+        vars(self).pop("model", None)
 
     @functools.cached_property
     def vocabulary(self) -> int:
@@ -542,45 +520,15 @@ class LanguageModel:
 
     def head(self) -> Head:
         """The output layer without padding rows."""
-        if not self.loaded:
-            return self.cached_head
-        layer = self.model.get_output_embeddings()
-        return self._as_head(layer.weight, getattr(layer, "bias", None))
-
-    def _as_head(self, weight: Tensor, bias: Tensor | None) -> Head:
+        layer = self.model.get_output_embeddings() if self.loaded else self.cached_head
+        weight, bias = layer.weight, getattr(layer, "bias", None)
         if len(weight) > self.vocabulary:
-            weight, bias = (
-                weight[: self.vocabulary],
-                None if bias is None else bias[: self.vocabulary],
-            )
+            weight = weight[: self.vocabulary]
+            bias = None if bias is None else bias[: self.vocabulary]
         config = self.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
         scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
         return Head(weight, bias, scale, getattr(config, "final_logit_softcapping", None))  # Gemma
-
-    def save_head(self) -> None:
-        """Cache the head, so that later runs need not load the model for it."""
-        path = self.states_dir / "head.safetensors"
-        if not path.exists():
-            head = self.head()
-            tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
-            save_tensors({name: t.detach().cpu() for name, t in tensors.items()}, path)
-
-    def read_head(self) -> bool:
-        """Use the cached head; whether there is one."""
-        path = self.states_dir / "head.safetensors"
-        if path.exists():
-            tensors = read_tensors(path)
-            tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-            self.cached_head = self._as_head(tensors["weight"], tensors.get("bias"))
-        return path.exists()
-
-    def unload(self) -> None:
-        """Free the memory of everything but the head; a later use loads the model again."""
-        head = self.head()
-        bias = None if head.bias is None else head.bias.detach()
-        self.cached_head = head._replace(weight=head.weight.detach(), bias=bias)
-        vars(self).pop("model", None)
 
     def backbone(self, **inputs: Any) -> Any:
         """The model without its head, computing in `compute_dtype`."""
@@ -599,8 +547,7 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Eval mode without gradients. Gradient checkpointing, which disables the key/value cache,
-        is off in eval mode."""
+        """Eval mode without gradients; ends gradient checkpointing, which disables the KV cache."""
         training = self.model.training
         self.model.eval()
         try:
@@ -642,11 +589,9 @@ class Pair(NamedTuple):
             )
 
 
-def end_of_turn_ids(
-    tokenizer: PreTrainedTokenizerBase, *configs: PreTrainedConfig | GenerationConfig | None
-) -> list[int]:
-    """Every id that ends a response, without repetition: the special token that the chat template
-    prints after an answer, then what tokenizer and model declare."""
+def end_of_turn_ids(tokenizer: Tokenizer, *configs: Any) -> list[int]:
+    """Every id that ends a response: the special token that the chat template prints after an
+    answer, then what tokenizer and configurations declare."""
     turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
     after = tokenize(tokenizer, render(tokenizer, turns).rpartition("answer")[2])[0]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -656,12 +601,10 @@ def end_of_turn_ids(
     return list(dict.fromkeys(ids))
 
 
-def load_tokenizer(name: str, revision: str, template_file: str | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, revision: str, template_file: str | None) -> Tokenizer:
     """A fast tokenizer with its chat template, or the one in `template_file` if it has none."""
-    try:
+    with usage_error(f"no usable tokenizer in {name}", *LOADING_ERRORS):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as problem:
-        raise UsageError(f"no usable tokenizer in {name}: {first_line(problem)}") from None
     if not tokenizer.is_fast:
         raise UsageError(f"{name} has no fast tokenizer; character offsets are needed for masks")
     if not tokenizer.chat_template and template_file:
@@ -676,9 +619,9 @@ def open_model(
 
     A base model without a chat template takes `template`.
     """
-    is_teacher = role == "teacher"
-    name, revision = getattr(args, role), args.teacher_revision if is_teacher else args.revision
-    dtype = args.teacher_dtype if is_teacher else args.dtype
+    teaches = role == "teacher"
+    name, revision = getattr(args, role), args.teacher_revision if teaches else args.revision
+    dtype = args.teacher_dtype if teaches else args.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     tokenizer = load_tokenizer(name, revision, args.chat_template)
@@ -688,24 +631,21 @@ def open_model(
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UsageError(f"{name} holds no model: there is no config.json in it")
     generation_config = None
-    try:
+    with usage_error(f"cannot load the model {name}", *LOADING_ERRORS):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         digest = digest_of_model(name, revision)
         with contextlib.suppress(OSError):  # most models have this file, none needs it
             generation_config = GenerationConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError) as problem:
-        raise UsageError(f"cannot load the model {name}: {first_line(problem)}") from None
     ends = end_of_turn_ids(tokenizer, config.get_text_config(), generation_config)
-
-    def load(model: LanguageModel) -> PreTrainedModel:
-        weights = load_weights(model, args, revision, dtype if is_teacher else "float32")
-        return weights.requires_grad_(not is_teacher)
-
-    model = LanguageModel(
-        name, tokenizer, config, ends, getattr(torch, dtype), device, digest, load
-    )
     if not ends:
         raise UsageError(f"{name}: neither its chat template nor its tokenizer has an end token")
+
+    def load(model: LanguageModel) -> PreTrainedModel:
+        weights = load_weights(model, args, revision, dtype if teaches else "float32")
+        return weights.requires_grad_(not teaches)
+
+    dtype_ = getattr(torch, dtype)
+    model = LanguageModel(name, tokenizer, config, ends, dtype_, device, digest, load)
     if model.max_positions and args.max_length > model.max_positions:
         raise UsageError(f"--max-length {args.max_length}: {name} stops at {model.max_positions}")
     return model
@@ -715,7 +655,7 @@ def load_weights(
     model: LanguageModel, args: CommonArguments, revision: str, dtype: str
 ) -> PreTrainedModel:
     """The weights on the model's device, in eval mode; refuses missing ones and unknown heads."""
-    try:
+    with usage_error(f"cannot load the model {model.name}", *LOADING_ERRORS):
         weights, report = AutoModelForCausalLM.from_pretrained(
             model.name,
             revision=revision,
@@ -726,10 +666,7 @@ def load_weights(
             ignore_mismatched_sizes=True,  # they are reported, and refused below by name
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, SafetensorError, ImportError, RuntimeError) as problem:
-        raise UsageError(f"cannot load the model {model.name}: {first_line(problem)}") from None
-    random = sorted(report["missing_keys"]) + [key for key, *_ in report["mismatched_keys"]]
-    if random:
+    if random := [*sorted(report["missing_keys"]), *(k for k, *_ in report["mismatched_keys"])]:
         raise UsageError(
             f"{model.name} lacks {len(random)} tensors of the shape that its config.json asks for, "
             f"which would be random; the first is {random[0]}"
@@ -739,20 +676,38 @@ def load_weights(
     return weights
 
 
+def check_head(model: LanguageModel) -> None:
+    """Refuse a model whose logits are not those that `Head` computes from its hidden states."""
+    layer, size = model.model.get_output_embeddings(), model.vocabulary
+    if layer is None or not hasattr(layer, "weight"):
+        raise UsageError(f"{model.name} has no output embeddings, so its head cannot be chunked")
+    if (rows := len(layer.weight)) < size:
+        raise UsageError(f"{model.name}: the tokenizer knows {size} ids, the model {rows}")
+    ids = torch.arange(min(8, size), device=model.device)[None]
+    with torch.no_grad():
+        expected = model.model(input_ids=ids, use_cache=False).logits[0, :, :size]
+        logits = model.head().logits(model.model.base_model(ids, use_cache=False)[0][0])
+    tolerance = 1e-4 if model.model.dtype == torch.float32 else 3e-2
+    difference = (expected - logits).abs().max() / expected.abs().max().clamp_min(1e-6)
+    if not difference <= tolerance:
+        raise UsageError(
+            f"{model.name} ({type(model.model).__name__}) changes its logits in a way that this "
+            f"suite does not know (relative difference {difference:.2g})"
+        )
+
+
 def load_student(
     args: CommonArguments, device: torch.device, template: str | None = None
 ) -> LanguageModel:
     """The student with float32 weights, prepared for LoRA or checkpointing if asked."""
     student = open_model(args, device, "student", template)
-    if args.lora_rank:
-        # LoRA (Hu et al. 2021) on every linear layer but the head; all else is frozen. The layers
-        # are replaced in place, so that backbone and head keep their places in the model.
+    if rank := args.lora_rank:
         from peft import LoraConfig
         from peft.tuners.lora import LoraModel
 
-        config = LoraConfig(
-            r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear"
-        )
+        # On every linear layer but the head; all else is frozen (Hu et al. 2021). Layers are
+        # replaced in place, so that backbone and head keep their places in the model.
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         student.adapters = LoraModel(student.model, config, "default")
     if args.gradient_checkpointing:
         if not student.model.supports_gradient_checkpointing:
@@ -768,33 +723,11 @@ def load_pair(args: CommonArguments, device: torch.device) -> Pair:
     if args.cache_teacher:
         dtype = str(teacher.compute_dtype).removeprefix("torch.")
         teacher.states_dir = Path(args.cache_dir) / "states" / f"{teacher.digest}-{dtype}"
-    # Loaded here rather than at the first use, so that wrong weights are an early error.
-    loaded = [student.model]
-    if not (teacher.states_dir and teacher.read_head()):
-        loaded.append(teacher.model)
+        if (path := teacher.states_dir / "head.safetensors").exists():
+            teacher.cached_head = Head(**read_tensors(path, device))
+    # Wrong weights are an error here rather than at the first use.
+    assert student.model and (teacher.cached_head or teacher.model)
     return Pair(student, teacher)
-
-
-def check_head(model: LanguageModel) -> None:
-    """Refuse a model whose logits are not those that `Head` computes from its hidden states."""
-    layer = model.model.get_output_embeddings()
-    if layer is None or not hasattr(layer, "weight"):
-        raise UsageError(f"{model.name} has no output embeddings, so its head cannot be chunked")
-    if len(layer.weight) < model.vocabulary:
-        raise UsageError(
-            f"{model.name}: the tokenizer knows {model.vocabulary} ids, the model {len(layer.weight)}"
-        )
-    ids = torch.arange(min(8, model.vocabulary), device=model.device)[None]
-    with torch.no_grad():
-        expected = model.model(input_ids=ids, use_cache=False).logits[0, :, : model.vocabulary]
-        logits = model.head().logits(model.model.base_model(ids, use_cache=False)[0][0])
-    tolerance = 1e-4 if model.model.dtype == torch.float32 else 3e-2
-    difference = (expected - logits).abs().max() / expected.abs().max().clamp_min(1e-6)
-    if not difference <= tolerance:
-        raise UsageError(
-            f"{model.name} ({type(model.model).__name__}) changes its logits in a way that this "
-            f"suite does not know (relative difference {difference:.2g})"
-        )
 
 
 def digest_of_model(name: str, revision: str) -> str:
@@ -807,8 +740,7 @@ def digest_of_model(name: str, revision: str) -> str:
     if not Path(name).is_dir():
         commit = extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
         hasher.update(f"{name}@{commit}".encode())
-        return hasher.hexdigest()[:20]
-    for file in sorted(Path(name).iterdir()):
+    for file in sorted(Path(name).glob("*")):
         if file.suffix == ".safetensors":
             hasher.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
         elif file.suffix in {".json", ".jinja", ".model", ".txt"}:
@@ -873,16 +805,15 @@ class Batch(NamedTuple):
     targets: Tensor  # (N,)
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, prompt: bool = False) -> str:
+def render(tokenizer: Tokenizer, messages: Messages, *, prompt: bool = False) -> str:
     """The conversation in the model's chat template; `prompt` adds the cue for an answer."""
     return _render(tokenizer, messages, add_generation_prompt=prompt)[0]
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: bool
-) -> tuple[str, Spans]:
+def _render(tokenizer: Tokenizer, messages: Messages, **options: bool) -> tuple[str, Spans]:
     """The text, and the spans of it that `{% generation %}` marks if they are asked for."""
-    try:
+    # A template may raise whatever it likes.
+    with usage_error("the chat template refuses a conversation", Exception):
         texts, spans = render_jinja_template(
             [messages],
             chat_template=_FIXED_CLOCK + tokenizer.chat_template,
@@ -890,12 +821,10 @@ def _render(
             **options,
             **tokenizer.special_tokens_map,
         )
-    except Exception as problem:  # a template may raise whatever it likes
-        raise UsageError(f"the chat template refuses a conversation: {problem}") from None
     return texts[0], spans[0] if spans else []
 
 
-def assistant_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[str, Spans]:
+def assistant_spans(tokenizer: Tokenizer, messages: Messages) -> tuple[str, Spans]:
     """The rendered conversation, and the character spans in it that the assistant wrote.
 
     They come from the template's `{% generation %}` marks, else from rendering every prefix. Some
@@ -920,7 +849,7 @@ def assistant_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> t
     return text, spans
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], Spans]:
+def tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], Spans]:
     """Ids and character offsets of rendered text, which contains its special tokens already."""
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return out["input_ids"], out["offset_mapping"]
@@ -955,10 +884,8 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
     def ids_for(model: LanguageModel) -> list[list[int]]:
         texts = []
         for c in conversations:
-            try:
+            with usage_error(c.source, UsageError):
                 texts.append(render(model.tokenizer, c.messages, prompt=True))
-            except UsageError as problem:
-                raise UsageError(f"{c.source}: {problem}") from None
         return model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     ours = theirs = ids_for(pair.student)
@@ -966,19 +893,13 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
         templates = {model.tokenizer.chat_template for model in pair}
         if len(templates) > 1 or not pair.same_vocabulary:
             theirs = ids_for(pair.teacher)
-    prompts = [
-        Prompt(*parts)
-        for parts in zip(conversations, ours, theirs, strict=True)
-        if 0 < len(parts[1]) < limit and 0 < len(parts[2]) < limit
-    ]
-    total = len(conversations)
+    parts = zip(conversations, ours, theirs, strict=True)
+    prompts = [Prompt(*p) for p in parts if all(0 < len(ids) < limit for ids in p[1:])]
+    left_out = f"{len(conversations) - len(prompts)} of {len(conversations)} prompts"
     if not prompts:
-        raise UsageError(f"none of the {total} prompts is shorter than --max-length {limit}")
-    if len(prompts) < total:
-        PartialState().print(
-            f"{total - len(prompts)} of {total} prompts left out, as they do not fit into "
-            f"--max-length {limit}"
-        )
+        raise UsageError(f"{left_out} do not fit into --max-length {limit}")
+    if len(prompts) < len(conversations):
+        PartialState().print(f"{left_out} left out: they do not fit into --max-length {limit}")
     return prompts
 
 
@@ -1051,12 +972,10 @@ def dataset_examples(
     for i, prompt in enumerate(prompts):
         conversation = prompt.conversation
         turns = [*conversation.messages, {"role": "assistant", "content": conversation.response}]
-        try:
+        with usage_error(conversation.source, UsageError):
             sides = [tokenize_conversation(pair.student, turns)] * 2
             if prompt.student is not prompt.teacher:  # templates or vocabularies differ
                 sides[1] = tokenize_conversation(pair.teacher, turns)
-        except UsageError as problem:
-            raise UsageError(f"{conversation.source}: {problem}") from None
         answers = [[side.ids[i] for i in side.targets] for side in sides]
         if shared and answers[0] != answers[1]:
             raise UsageError(
@@ -1087,11 +1006,9 @@ def _cut(sides: Sequence[Tokens], max_length: int, same_targets: bool) -> list[T
 
 
 def collate(examples: Sequence[Tokens], device: torch.device, pad_id: int = 0) -> Batch:
-    """Pad on the right and list the targets, example by example."""
-    length = max((len(e.ids) for e in examples), default=1)
-    ids = torch.full((max(len(examples), 1), length), pad_id)  # (B, L)
-    for i, example in enumerate(examples):
-        ids[i, : len(example.ids)] = torch.tensor(example.ids)
+    """Pad on the right and list the targets, example by example. No examples make an empty batch."""
+    rows = [torch.tensor(e.ids) for e in examples] or [torch.zeros(1, dtype=torch.long)]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)  # (B, L)
     counts = torch.tensor([len(e.targets) for e in examples], dtype=torch.long)
     of_target = torch.repeat_interleave(torch.arange(len(examples)), counts)  # (N,)
     positions = torch.tensor([i for e in examples for i in e.targets], dtype=torch.long)  # (N,)
@@ -1099,6 +1016,11 @@ def collate(examples: Sequence[Tokens], device: torch.device, pad_id: int = 0) -
     if device.type == "cuda":
         parts = [p.pin_memory().to(device, non_blocking=True) for p in parts]
     return Batch(*parts)
+
+
+def my_share(items: Sequence[Item]) -> Sequence[Item]:
+    """Every n-th item, for one of n processes."""
+    return items[PartialState().process_index :: PartialState().num_processes]
 
 
 def global_batch(items: Sequence[Item], args: CommonArguments, step: int) -> list[Item]:
@@ -1116,30 +1038,27 @@ def _order(seed: int, epoch: int, size: int) -> list[int]:
 def split_micro_batches(
     batch: list[Example], args: CommonArguments
 ) -> tuple[list[list[Example]], int]:
-    """This process's micro-batches of a global batch, and the target tokens of all of it (1 if it
-    has none).
+    """This process's micro-batches of a global batch, and the target tokens of all of it (or 1).
 
     Micro-batches hold examples of similar length, to carry little padding; every process gets
     equally many of them, and the last one may be empty.
     """
-    state = PartialState()
     tokens = sum(len(e.student.targets) for e in batch)
-    batch = sorted(batch, key=lambda e: len(e.student.ids))
-    share = math.ceil(len(batch) / state.num_processes)
+    mine = my_share(sorted(batch, key=lambda e: len(e.student.ids)))
+    share = math.ceil(len(batch) / PartialState().num_processes)
     size = min(args.micro_batch_size or share, share)
-    mine = batch[state.process_index :: state.num_processes]
     return [mine[i : i + size] for i in range(0, share, size)], max(tokens, 1)
 
 
 def length_batches(
-    examples: Iterable[Example], length: Callable[[Example], int], tokens: int = 16384
-) -> list[list[Example]]:
-    """Examples of similar length together, at most `tokens` of padded input in a batch."""
-    batches: list[list[Example]] = []
-    for example in sorted(examples, key=length):
-        if not batches or (len(batches[-1]) + 1) * length(example) > tokens:
+    items: Iterable[Item], length: Callable[[Item], int], tokens: int = 16384
+) -> list[list[Item]]:
+    """Items of similar length together, at most `tokens` of padded input in a batch."""
+    batches: list[list[Item]] = []
+    for item in sorted(items, key=length):
+        if not batches or (len(batches[-1]) + 1) * length(item) > tokens:
             batches.append([])
-        batches[-1].append(example)
+        batches[-1].append(item)
     return batches
 
 
@@ -1292,17 +1211,14 @@ def cached_completions(
     top_p: float = 1.0,
     purpose: str,
 ) -> list[Completion]:
-    """One completion for each prompt; `write` makes the missing ones, shared out over processes.
+    """One completion for each prompt, from a file under --cache-dir; `write` makes missing ones.
 
-    They are lines of a file under --cache-dir that is named after the teacher's `identity` and the
-    sampling settings, found by what was `asked`, so data sets that overlap share them.
-    `write(missing, record)` gets the place of each missing key in `prompts`, and `record(key,
-    completion)` appends a line at once, so that an interrupted run loses none.
+    The file is named after the teacher's `identity` and the sampling settings, its lines after what
+    was `asked`, so data sets that overlap share them. `write(missing, record)` gets the place of
+    each missing key in `prompts`, and `record(key, completion)` appends a line at once, so that an
+    interrupted run loses none.
     """
-    if temperature == 0:  # greedy text depends on neither
-        top_p, seed = 1.0, 0
-    else:
-        seed = args.seed
+    seed, top_p = (args.seed, top_p) if temperature else (0, 1.0)  # greedy text needs neither
     settings = repr((identity, temperature, top_p, args.max_new_tokens, seed))
     path = Path(args.cache_dir) / "text" / f"{row_seed(settings):016x}.jsonl"
     counts: Counter[str] = Counter()
@@ -1310,33 +1226,32 @@ def cached_completions(
     for value in asked:  # a prompt that occurs twice gets two samples
         keys.append(f"{row_seed(value, counts[repr(value)]):016x}")
         counts[repr(value)] += temperature > 0
-    state = PartialState()
     with exclusive(path.with_suffix(".lock")):
         known = _read_completions(path)
-        state.wait_for_everyone()  # so that all processes divide the same missing keys
         missing = {key: i for i, key in enumerate(keys) if key not in known}
-        mine = dict(list(missing.items())[state.process_index :: state.num_processes])
-        bar = progress(f"teacher writes ({purpose})", len(mine))
+        mine = dict(my_share(list(missing.items())))
+        PartialState().wait_for_everyone()  # nobody writes before all have read
         began, tokens = time.perf_counter(), 0
         # One unbuffered write for each line, so that processes that append do not mix their lines.
-        with bar, open(path, "ab", buffering=0) as file:
+        with (
+            progress(f"teacher writes ({purpose})", len(mine)) as bar,
+            open(path, "ab", buffering=0) as file,
+        ):
 
             def record(key: str, completion: Completion) -> None:
                 nonlocal tokens
                 messages = prompts[missing[key]].conversation.messages
                 line = {"key": key, "messages": messages, **completion._asdict()}
                 file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
-                known[key] = completion
                 tokens += completion.length
-                speed = tokens / (time.perf_counter() - began)
-                bar.set_postfix(tokens_per_second=f"{speed:.0f}", refresh=False)
+                speed = f"{tokens / (time.perf_counter() - began):.0f}"
+                bar.set_postfix(tokens_per_second=speed, refresh=False)
                 bar.update()
 
             if mine:
                 write(mine, record)
-        state.wait_for_everyone()
-        if state.num_processes > 1:
-            known = _read_completions(path)
+        PartialState().wait_for_everyone()
+        known = _read_completions(path) if missing else known
     return [known[key] for key in keys]
 
 
@@ -1347,12 +1262,10 @@ def _read_completions(path: Path) -> dict[str, Completion]:
     if whole < len(raw):
         os.truncate(path, whole)
     known = {}
-    for number, line in enumerate(raw[:whole].split(b"\n")[:-1], 1):
-        try:
+    for number, line in enumerate(raw[:whole].splitlines(), 1):
+        with usage_error(f"{path}:{number} is corrupt, delete the file", Exception):
             entry = json.loads(line)
             known[entry["key"]] = Completion(*(entry[name] for name in Completion._fields))
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(f"{path}:{number} is corrupt: delete the file") from None
     return known
 
 
@@ -1367,18 +1280,17 @@ def exclusive(lock: Path) -> Iterator[None]:
         state.wait_for_everyone()
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file under another name and rename it, so that `path` is never partial."""
+def save_tensors(path: Path, **tensors: Tensor | None) -> None:
+    """Write a safetensors file and rename it, so that `path` is never partial."""
     part = path.with_name(path.name + ".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+    given = {name: t for name, t in tensors.items() if t is not None}
+    save_file({name: t.detach().cpu().contiguous() for name, t in given.items()}, part)
     os.replace(part, path)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as problem:
-        raise UsageError(f"{path} is corrupt ({problem}): delete the file") from None
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    with usage_error(f"{path} is corrupt, delete the file", SafetensorError):
+        return load_file(path, device=str(device))
 
 
 def progress(title: str, total: int, done: int = 0) -> tqdm:
@@ -1396,10 +1308,7 @@ class TeacherHiddenStates:
     temperature or divergence, and loads no backbone.
     """
 
-    def __init__(
-        self, teacher: LanguageModel, examples: Sequence[Example], args: CommonArguments,
-        purpose: str,
-    ) -> None:  # fmt: skip
+    def __init__(self, teacher: LanguageModel, examples: Sequence[Example], purpose: str) -> None:
         """Fill the cache with what it lacks; `purpose` is shown to the user.
 
         Raises `UsageError` if the disk has no room, before anything is written.
@@ -1408,8 +1317,9 @@ class TeacherHiddenStates:
         if self.directory is None or not examples:
             return
         with exclusive(self.directory / "lock"):
-            if PartialState().is_main_process:
-                teacher.save_head()
+            head, path = teacher.head(), self.directory / "head.safetensors"
+            if PartialState().is_main_process and not path.exists():
+                save_tensors(path, weight=head.weight, bias=head.bias)
             self._fill(examples, purpose)
         loaded = "is loaded" if teacher.loaded else "is not loaded"
         PartialState().print(f"{purpose}: teacher states from the cache; its backbone {loaded}")
@@ -1438,38 +1348,32 @@ class TeacherHiddenStates:
         Batches follow from the text alone and are computed whole, so that a run that was killed
         here ends with the same bits as one that was not.
         """
-        state, teacher = PartialState(), self.teacher
-        paths = {e.index: self._path(e) for e in examples}
-        missing = {path for path in paths.values() if not path.exists()}
-        state.wait_for_everyone()  # so that all processes see the same files
-        unique = {paths[e.index]: e for e in examples}.values()
-        batches = [
-            batch
-            for batch in length_batches(unique, lambda e: len(e.teacher.ids))
-            if any(paths[e.index] in missing for e in batch)
-        ]
+        teacher, unique = self.teacher, {self._path(e): e for e in examples}
+        missing = {path for path in unique if not path.exists()}
+        PartialState().wait_for_everyone()  # nobody writes before all have looked
+        by_length = length_batches(unique.items(), lambda item: len(item[1].teacher.ids))
+        batches = [batch for batch in by_length if any(path in missing for path, _ in batch)]
         if not batches:
             return
-        bytes_per_token = teacher.head().weight.shape[1] * teacher.compute_dtype.itemsize
-        needed = sum(len(e.teacher.targets) for e in unique if paths[e.index] in missing)
-        state.print(
-            f"{purpose}: writing {needed * bytes_per_token / 1e6:.1f} MB of teacher states to "
-            f"{self.directory}, {bytes_per_token} bytes a token"
-        )
-        free = shutil.disk_usage(self.directory).free
-        if needed * bytes_per_token > free:
+        per_token = teacher.head().weight.shape[1] * teacher.compute_dtype.itemsize
+        size = sum(len(unique[path].teacher.targets) for path in missing) * per_token
+        if size > (free := shutil.disk_usage(self.directory).free):
             raise UsageError(
-                f"{self.directory} has only {free / 1e6:.1f} MB left: name another --cache-dir, or "
-                "add --no-cache-teacher"
+                f"the teacher's states need {size / 1e6:.1f} MB and {self.directory} has "
+                f"{free / 1e6:.1f} MB left: name another --cache-dir, or add --no-cache-teacher"
             )
-        mine = batches[state.process_index :: state.num_processes]
+        place = f"{self.directory}, {per_token} bytes a token"
+        PartialState().print(f"{purpose}: {size / 1e6:.1f} MB of teacher states to {place}")
+        mine = my_share(batches)
         with progress(f"teacher states ({purpose})", len(mine)) as bar:
             for batch in mine:
-                hidden = teacher_hidden_states(teacher, batch).to("cpu", teacher.compute_dtype)
-                parts = hidden.split([len(e.teacher.targets) for e in batch])
-                for example, part in zip(batch, parts, strict=True):
-                    if paths[example.index] in missing:
-                        save_tensors({"hidden": part}, paths[example.index])
+                hidden = teacher_hidden_states(teacher, [e for _, e in batch])
+                parts = hidden.to(teacher.compute_dtype).split(
+                    [len(e.teacher.targets) for _, e in batch]
+                )
+                for (path, _), part in zip(batch, parts, strict=True):
+                    if path in missing:
+                        save_tensors(path, hidden=part)
                 bar.update()
 
 
@@ -1533,22 +1437,16 @@ def divergence(
         slope = student_logprobs - teacher_logprobs
         value = (student * slope).sum(-1)
     else:
-        share = {"jsd": beta, "forward": a, "reverse": 1 - a}[kl]  # of the teacher in the mixture
+        # w·KL(teacher ‖ M) + (1−w)·KL(student ‖ M); `share` is the teacher's in the mixture M.
+        w, share = {"jsd": (beta, beta), "forward": (1.0, a), "reverse": (0.0, 1 - a)}[kl]
         mixture_logprobs = torch.logaddexp(
             teacher_logprobs + math.log(share), student_logprobs + math.log1p(-share)
         )
-        if kl == "forward":
-            value = (teacher * (teacher_logprobs - mixture_logprobs)).sum(-1)
-            slope = (teacher_logprobs - mixture_logprobs).exp() * (a - 1)
-        elif kl == "reverse":
-            slope = student_logprobs - mixture_logprobs
-            value = (student * slope).sum(-1)
-            slope = slope - slope.exp() * a
-        else:
-            slope = student_logprobs - mixture_logprobs
-            value = (1 - beta) * (student * slope).sum(-1)
-            value += beta * (teacher * (teacher_logprobs - mixture_logprobs)).sum(-1)
-            slope = slope * (1 - beta)
+        of_teacher = teacher_logprobs - mixture_logprobs
+        of_student = student_logprobs - mixture_logprobs
+        value = (w * teacher * of_teacher + (1 - w) * student * of_student).sum(-1)
+        slope = of_teacher.exp().mul_(w).add_(of_student.exp(), alpha=1 - w).mul_(share - 1)
+        slope.add_(of_student, alpha=1 - w)
     return value, student * (slope - (student * slope).sum(-1, keepdim=True))
 
 
@@ -1689,13 +1587,20 @@ def distillation_loss(
 Tally = dict[str, float]  # sums over one evaluation prompt: see `Evaluator`
 Scores = dict[str, float]
 
-# Scores with a gap to close: whether more is better, and the teacher's own value if it is fixed.
-GAPS = {
-    "kl_to_teacher": (False, 0.0),
-    "top1_agreement": (True, 1.0),
-    "exact_match": (True, None),
-    "error_rate": (False, None),
+# Each score is the ratio of two sums over all evaluation prompts.
+SCORES = {
+    "kl_to_teacher": ("kl", "tokens"),
+    "top1_agreement": ("agree", "tokens"),
+    "nats_per_token": ("nats", "tokens"),
+    "bits_per_byte": ("text_bits", "bytes"),
+    "kl_on_own_text": ("own_kl", "own_tokens"),
+    "exact_match": ("exact", "prompts"),
+    "error_rate": ("edits", "reference_words"),
+    "response_tokens": ("response_tokens", "prompts"),
+    "cut_off": ("cut_off", "prompts"),
 }
+# The scores of which a gap to the teacher can be recovered, and the sign of an improvement.
+GAPS = {"kl_to_teacher": -1, "top1_agreement": 1, "exact_match": 1, "error_rate": -1}
 
 
 class Evaluator:
@@ -1712,33 +1617,28 @@ class Evaluator:
 
     def __init__(self, prompts: list[Prompt], pair: Pair, args: CommonArguments) -> None:
         """Have the teacher answer the prompts, and score it."""
-        student, teacher = pair
+        teacher = pair.teacher
         greedy, samples = (
             teacher.complete(prompts, args, temperature=t, purpose=f"{kind} evaluation answers")
             for t, kind in ((0.0, "greedy"), (1.0, "sampled"))
         )
-        self.args, self.comparable = args, pair.same_vocabulary
+        self.args, self.pair, self.samples = args, pair, samples
         self.references = [
             p.conversation.references or [c.text] for p, c in zip(prompts, greedy, strict=True)
         ]
         self.unreferenced = sum(not p.conversation.references for p in prompts)
         examples = completion_examples(prompts, samples, pair, args.max_length)
-        self.examples = examples[PartialState().process_index :: PartialState().num_processes]
+        self.examples = my_share(examples)
         self.batches = length_batches(
             self.examples, lambda e: max(len(e.student.ids), len(e.teacher.ids))
         )
-        # With one vocabulary the student reads the teacher's ids, its end token included.
-        self.ends = {*student.end_ids, *(teacher.end_ids if self.comparable else ())}
         tallies = {e.index: self._answer_tally(e.index, greedy[e.index]) for e in self.examples}
         if pair.has_weights:
-            states = TeacherHiddenStates(teacher, examples, args, "evaluation text")
+            states = TeacherHiddenStates(teacher, examples, "evaluation text")
             self.teacher_head = teacher.head()
             self.teacher_hidden = [states(batch).cpu() for batch in self.batches]
-            for batch, hidden in zip(self.batches, self.teacher_hidden, strict=True):
-                sides = {e.index: e.teacher for e in batch}
-                targets = collate(list(sides.values()), teacher.device).targets
-                values = compare(hidden.to(teacher.device), self.teacher_head, targets)
-                self._add_likelihoods(tallies, sides, teacher, {*teacher.end_ids}, values)
+            for i, hidden in enumerate(self.teacher_hidden):
+                self._add_likelihoods(tallies, i, teacher, hidden.to(teacher.device))
         self.teacher_tallies = gathered(tallies)
 
     def __call__(self, student: LanguageModel, show: int = 0) -> list[Tally]:
@@ -1750,21 +1650,16 @@ class Evaluator:
         )  # fmt: skip
         tallies = {}
         for place, answer in answers:
-            example = self.examples[place]
-            tallies[example.index] = self._answer_tally(example.index, answer)
-            if example.index < show:
-                question = student.tokenizer.decode(example.prompt.student)
-                references = self.references[example.index]
-                PartialState().print(f"  {question!r}\n    {answer.text!r}  (of {references})")
+            i = self.examples[place].index
+            tallies[i] = self._answer_tally(i, answer)
+            if i < show:
+                question = student.tokenizer.decode(self.examples[place].prompt.student)
+                line = f"  {question!r}\n    {answer.text!r}  (of {self.references[i]})"
+                PartialState().print(line)
         with student.evaluating():
             for i, batch in enumerate(self.batches):
-                sides = {e.index: e.student for e in batch}
-                inputs = collate(list(sides.values()), student.device)
-                hidden, theirs = student.hidden_states(inputs), (None, None)
-                if self.comparable:
-                    theirs = self.teacher_hidden[i].to(student.device), self.teacher_head
-                values = compare(hidden, student.head(), inputs.targets, *theirs)
-                self._add_likelihoods(tallies, sides, student, self.ends, values)
+                inputs = collate([e.student for e in batch], student.device)
+                self._add_likelihoods(tallies, i, student, student.hidden_states(inputs))
         return gathered(tallies)
 
     def _answer_tally(self, i: int, answer: Completion) -> Tally:
@@ -1773,35 +1668,31 @@ class Evaluator:
             (edit_distance(words, reference.split()), len(reference.split()))
             for reference in self.references[i]
         )
-        return {
-            "exact": float(edits == 0),
-            "edits": edits,
-            "reference_words": length,
-            "response_tokens": answer.length,
-            "cut_off": float(not answer.finished),
-        }
+        tally = {"prompts": 1, "exact": edits == 0, "edits": edits, "reference_words": length}
+        return tally | {"response_tokens": answer.length, "cut_off": not answer.finished}
 
     def _add_likelihoods(
-        self,
-        tallies: dict[int, Tally],
-        sides: dict[int, Tokens],
-        model: LanguageModel,
-        ends: set[int],
-        values: dict[str, Tensor],
+        self, tallies: dict[int, Tally], i: int, model: LanguageModel, hidden: Tensor
     ) -> None:
-        """Sum what `compare` gives for a batch of the teacher's samples over each of them."""
-        counts = [len(side.targets) for side in sides.values()]
+        """What the model thinks of batch `i` of the teacher's samples, from its hidden states."""
+        batch, theirs = self.batches[i], ()
+        if self.pair.same_vocabulary:
+            theirs = self.teacher_hidden[i].to(model.device), self.teacher_head
+        sides = [e.teacher if model is self.pair.teacher else e.student for e in batch]
+        targets = collate(sides, model.device).targets
+        values = compare(hidden, model.head(), targets, *theirs)
+        counts = [len(side.targets) for side in sides]
         parts = {name: v.float().cpu().split(counts) for name, v in values.items()}
         logprobs = parts.pop("logprob")
-        for i, (index, side) in enumerate(sides.items()):
-            tokens, size = _text_part(model, side, ends)
-            tallies[index] |= {
-                "tokens": len(logprobs[i]),
-                "nats": -logprobs[i].sum().item(),
-                "text_nats": -logprobs[i][:tokens].sum().item(),
-                "bytes": size,
-                **{name: part[i].sum().item() for name, part in parts.items()},
-            }
+        for j, (example, side) in enumerate(zip(batch, sides, strict=True)):
+            tally = {name: part[j].sum().item() for name, part in parts.items()}
+            tally |= {"tokens": counts[j], "nats": -logprobs[j].sum().item()}
+            tally |= {"text_bits": 0.0, "bytes": 0}
+            if len(side.ids) < self.args.max_length:  # the answer is whole
+                end = counts[j] - self.samples[example.index].finished  # without its end token
+                tally["text_bits"] = -logprobs[j][:end].sum().item() / math.log(2)
+                tally["bytes"] = len(example.text.encode())
+            tallies[example.index] |= tally
 
 
 @torch.no_grad()
@@ -1818,36 +1709,23 @@ def compare(
     student) in nats, and `agree`, 1 if both have the same most likely token.
     """
     head = head.cast(hidden.dtype, hidden.device)
-    parts: dict[str, list[Tensor]] = {"logprob": []}
-    if teacher is not None:
-        teacher = teacher.cast(teacher_hidden.dtype, hidden.device)
-        parts |= {"kl": [], "agree": []}
+    teacher = teacher and teacher.cast(teacher_hidden.dtype, hidden.device)
+    parts = []
     for rows in chunks(len(targets), len(head.weight), hidden.device):
         logprobs = log_softmax_with_temperature(head.logits(hidden[rows]))
-        parts["logprob"].append(logprobs.gather(1, targets[rows, None])[:, 0])
+        values = {"logprob": logprobs.gather(1, targets[rows, None])[:, 0]}
         if teacher is not None:
             theirs = log_softmax_with_temperature(teacher.logits(teacher_hidden[rows]))
-            parts["agree"].append((logprobs.argmax(-1) == theirs.argmax(-1)).float())
-            kl, _ = divergence(logprobs, theirs, Objective())  # last, because it overwrites both
-            parts["kl"].append(kl)
-    return {name: torch.cat([hidden.new_zeros(0), *values]) for name, values in parts.items()}
+            values["agree"] = (logprobs.argmax(-1) == theirs.argmax(-1)).float()
+            values["kl"], _ = divergence(logprobs, theirs, Objective())  # overwrites both
+        parts.append(values)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def gathered(tallies: dict[int, Tally]) -> list[Tally]:
     """The tallies of all processes in the order of the prompts."""
     everything = dict(gather_object(list(tallies.items())))
     return [everything[i] for i in sorted(everything)]
-
-
-def _text_part(model: LanguageModel, tokens: Tokens, ends: set[int]) -> tuple[int, int]:
-    """Tokens and UTF-8 bytes of an answer's text, without its end-of-turn token."""
-    ids, targets = tokens
-    count = len(targets) - bool(targets and ids[targets[-1]] in ends)
-    if not count:
-        return 0, 0
-    decode = functools.partial(model.tokenizer.decode, clean_up_tokenization_spaces=False)
-    start = targets[0]  # decoded after the prompt: some tokenizers strip what text begins with
-    return count, len(decode(ids[: start + count]).encode()) - len(decode(ids[:start]).encode())
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
@@ -1862,56 +1740,37 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
 
 def scores(tallies: list[Tally]) -> Scores:
     """The numbers of a results table; `Evaluator` tells their meaning."""
-
-    def ratio(top: str, bottom: str) -> float:
-        return sum(t[top] for t in tallies) / max(1, sum(t[bottom] for t in tallies))
-
-    result = {}
-    if "kl" in tallies[0]:
-        result["kl_to_teacher"] = ratio("kl", "tokens")
-        result["top1_agreement"] = ratio("agree", "tokens")
-    if "nats" in tallies[0]:
-        result["nats_per_token"] = ratio("nats", "tokens")
-        result["bits_per_byte"] = ratio("text_nats", "bytes") / math.log(2)
-    if "own_kl" in tallies[0]:
-        result["kl_on_own_text"] = ratio("own_kl", "own_tokens")
-        result["exposure_bias"] = result["kl_on_own_text"] / max(result["kl_to_teacher"], 1e-9)
-    return result | {
-        "exact_match": sum(t["exact"] for t in tallies) / len(tallies),
-        "error_rate": ratio("edits", "reference_words"),
-        "response_tokens": sum(t["response_tokens"] for t in tallies) / len(tallies),
-        "cut_off": sum(t["cut_off"] for t in tallies) / len(tallies),
+    result = {
+        name: sum(t[top] for t in tallies) / max(1, sum(t[bottom] for t in tallies))
+        for name, (top, bottom) in SCORES.items()
+        if top in tallies[0]
     }
+    if "kl_on_own_text" in result:
+        result["exposure_bias"] = result["kl_on_own_text"] / max(result["kl_to_teacher"], 1e-9)
+    return result
 
 
 def gap_recovered(before: list[Tally], after: list[Tally], teacher: list[Tally]) -> Scores:
     """(after − before) / (teacher − before), for scores where the teacher is better by more than
     two standard errors of the paired difference between prompts."""
-    per_prompt = {
-        "kl_to_teacher": lambda t: t.get("kl", 0.0) / max(1, t["tokens"]),
-        "top1_agreement": lambda t: t.get("agree", t["tokens"]) / max(1, t["tokens"]),
-        "exact_match": lambda t: t["exact"],
-        "error_rate": lambda t: t["edits"] / max(1, t["reference_words"]),
-    }
     first, last, goal = scores(before), scores(after), scores(teacher)
     result = {}
-    for name, (more_is_better, teacher_value) in GAPS.items():
-        if name not in first:
-            continue
-        value = per_prompt[name]
-        gaps = torch.tensor(
-            [value(t) - value(b) for t, b in zip(teacher, before, strict=True)], dtype=torch.float64
-        )
-        mean = gaps.mean().item() * (1 if more_is_better else -1)
-        if len(gaps) > 1 and mean > 2 * gaps.std().item() / math.sqrt(len(gaps)):
-            target = goal.get(name, teacher_value)
-            result[name] = (last[name] - first[name]) / (target - first[name])
+    for name, sign in GAPS.items():
+        top, bottom = SCORES[name]
+        if name in first:
+            pairs = zip(teacher, before, strict=True)
+            gaps = [
+                sign * (a[top] / max(1, a[bottom]) - b[top] / max(1, b[bottom])) for a, b in pairs
+            ]
+            error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.inf
+            if statistics.fmean(gaps) > 2 * error:
+                result[name] = (last[name] - first[name]) / (goal[name] - first[name])
     return result
 
 
 # -------------------------------------------------------------------------------- run directory
 
-# What a resumed run may change: where and how often it writes, nothing that the student learns from.
+# What a resumed run may change: where and how often it writes, not what the student learns from.
 FLAGS_FREE_ON_RESUME = {
     "output_dir", "overwrite", "resume", "cache_dir", "save_steps", "save_total_limit",
     "eval_steps", "logging_steps", "generation_batch_size", "report_to",
@@ -1919,71 +1778,55 @@ FLAGS_FREE_ON_RESUME = {
 
 
 def start(script: str, args: CommonArguments) -> Accelerator:
-    """Start processes and device through accelerate, after the checks that need no model."""
-    for kind, path in (("output", args.output_dir or "runs"), ("cache", args.cache_dir)):
-        nearest = next(p for p in (Path(path), *Path(path).resolve().parents) if p.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise UsageError(
-                f"cannot write in {path}: {nearest} is not a writable directory; choose another "
-                f"--{kind}-dir"
-            )
-    directory = Path(args.output_dir or "runs")
-    if args.output_dir and directory.exists() and any(directory.iterdir()):
-        if args.resume:
-            resume_conflict(directory, script, args)
-        elif not args.overwrite:
-            raise UsageError(f"--output-dir {directory} is not empty: add --overwrite or --resume")
-        elif not (directory / "args.json").is_file():
-            raise UsageError(
-                f"--overwrite would remove {directory}, which holds no run of this suite"
-            )
+    """Start processes and device through accelerate; refuse directories that cannot be used."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     # It warns of tied weights at every checkpoint, although loading ties them again.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    accelerator = Accelerator(mixed_precision="no")  # LanguageModel.backbone enters autocast
+    for name, path in (
+        ("--output-dir", args.output_dir or "runs"),
+        ("--cache-dir", args.cache_dir),
+    ):
+        nearest = next(p for p in (Path(path), *Path(path).resolve().parents) if p.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise UsageError(f"cannot write in {name} {path}: {nearest} is no writable directory")
+    directory = Path(args.output_dir or "runs")
+    if args.output_dir and directory.exists() and any(directory.iterdir()):
+        if args.resume:
+            check_resume(directory, script, args)
+        elif not args.overwrite:
+            raise UsageError(f"--output-dir {directory} is not empty: add --overwrite or --resume")
+        elif not (directory / "args.json").is_file():
+            raise UsageError(f"--overwrite would remove {directory}, which holds no run of ours")
     torch.manual_seed(args.seed)  # for the initial weights of adapters
-    return Accelerator(mixed_precision="no")  # autocast is entered in LanguageModel.backbone
+    return accelerator
 
 
-def resume_conflict(directory: Path, script: str, args: CommonArguments) -> None:
+def check_resume(directory: Path, script: str, args: CommonArguments) -> None:
     """Raise `UsageError` if these arguments cannot continue the run in `directory`."""
-    refused = f"--resume cannot continue {directory}: "
-    try:
+    refused = f"--resume cannot continue {directory}"
+    with usage_error(f"{refused}, which has no readable args.json", OSError, ValueError):
         before = json.loads((directory / "args.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UsageError(refused + "it has no readable args.json") from None
-    if before.get("script") != script:
-        raise UsageError(refused + f"it is a run of {before.get('script')}.py")
-    for field in dataclasses.fields(args):
-        was, now = before.get(field.name, field.default), getattr(args, field.name)
-        if field.name not in FLAGS_FREE_ON_RESUME and was != now:
-            raise UsageError(refused + f"it was begun with {as_flag(field.name)} {was}, not {now}")
+    now = all_arguments(script, args)
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    for name in now.keys() - FLAGS_FREE_ON_RESUME:
+        if (was := before.get(name, defaults.get(name))) != now[name]:
+            raise UsageError(f"{refused}: it began with {as_flag(name)} {was}, not {now[name]}")
     if (directory / "results.json").exists():
-        raise UsageError(refused + "it is finished")
+        raise UsageError(f"{refused}: it is finished")
+
+
+def all_arguments(script: str, args: CommonArguments) -> dict[str, Any]:
+    """The content of args.json: what was run, how accelerate launched it, and every flag."""
+    launched = PartialState().distributed_type.value
+    return {"script": script, "launched": launched, **vars(args)}
 
 
 def total_steps(args: CommonArguments, examples: int) -> int:
     """--max-steps, else --epochs over the examples."""
     epochs = math.ceil(args.epochs * examples / args.batch_size)
     return args.max_steps if args.max_steps > 0 else epochs
-
-
-def begin_step(
-    step: int, steps: int, optimizer: torch.optim.Optimizer, args: CommonArguments
-) -> None:
-    """Set learning rate and dropout seed, both functions of the step, so that resuming needs no state.
-
-    The rate rises linearly and then falls as a cosine to zero.
-    """
-    if step < args.warmup_steps:
-        factor = (step + 1) / args.warmup_steps
-    else:
-        done = (step - args.warmup_steps) / max(1, steps - args.warmup_steps)
-        factor = 0.5 * (1 + math.cos(math.pi * done))
-    for group in optimizer.param_groups:
-        group["lr"] = args.learning_rate * factor
-    # The only use of torch's global generator while training.
-    torch.manual_seed(row_seed(args.seed, "dropout", step, PartialState().process_index))
 
 
 def make_optimizer(model: nn.Module, args: CommonArguments) -> torch.optim.Optimizer:
@@ -2007,54 +1850,127 @@ class Run:
     """A run's directory and progress: what was asked, what was measured, what came out."""
 
     def __init__(
-        self, script: str, args: CommonArguments, accelerator: Accelerator, teacher: str = ""
+        self,
+        script: str,
+        args: CommonArguments,
+        accelerator: Accelerator,
+        evaluator: Evaluator,
+        student: LanguageModel,
     ) -> None:
-        """Claim the directory, or find the checkpoint to continue; `teacher` names an API's model."""
+        """Claim the directory, or find the checkpoint to continue, and score the student."""
         self.script, self.args, self.accelerator = script, args, accelerator
-        self.teacher = teacher or Path(args.teacher).name
+        self.evaluator, self.student = evaluator, student
         self.pending: list[tuple[int, dict[str, Any], list[list[Example]]]] = []
-        self.clock, self.tokens = time.perf_counter(), 0  # since the last flush
-        self.bar: tqdm | None = None
+        self.clock, self.tokens = time.perf_counter(), 0  # since metrics were written
         self.signal = 0  # the signal that asked this process to stop
         self.directory = Path()
         if accelerator.is_main_process:
             self.directory = self._claim()
             if not (self.directory / "args.json").exists():
-                write_json(self.directory / "args.json", {"script": script} | vars(args))
+                write_json(self.directory / "args.json", all_arguments(script, args))
             print(f"run directory: {self.directory}")
         self.directory = broadcast_object_list([self.directory])[0]
         self.checkpoint = next(reversed(self._checkpoints()), None)
-        self.state = self._read_state()
-        self.earlier = self.state["seconds"]
+        self.state = {"step": 0, "lines": 0, "seconds": 0.0}  # kept beside weights and optimizer
+        if self.checkpoint is not None:
+            with self._corrupt():
+                self.state = json.loads((self.checkpoint / "state.json").read_text())
+        self.earlier = self.state["seconds"]  # that the run took before it was resumed
+        if args.resume and accelerator.is_main_process:
+            self._cut_back()
         if args.report_to != "none":
             accelerator.log_with = [LoggerType(args.report_to)]
             accelerator.project_configuration.set_directories(str(self.directory))
             config = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()}
             accelerator.init_trackers(script, config)
-        if args.resume and accelerator.is_main_process:
-            self._cut_back()
+        self.before = self._evaluate_before()
 
     def _claim(self) -> Path:
         """Create the directory in a way that no run side by side gets the same."""
-        if self.args.overwrite and self.args.output_dir:
-            shutil.rmtree(self.args.output_dir, ignore_errors=True)
-        if self.args.output_dir:
-            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-            return Path(self.args.output_dir)
         flags = [
             f"{name.replace('_', '-')}-{Path(str(value)).name}"
             for name, value in changed_flags(self.args).items()
             if name not in FLAGS_FREE_ON_RESUME | {"cache_teacher"}
         ]
-        base = Path("runs") / "-".join([self.script, *flags])[:180]
-        base.parent.mkdir(exist_ok=True)
+        named = self.args.output_dir
+        base = Path(named or "runs/" + "-".join([self.script, *flags])[:180])
+        if named and self.args.overwrite:
+            shutil.rmtree(base, ignore_errors=True)
         for number in itertools.count(1):
             directory = base if number == 1 else base.with_name(f"{base.name}-{number}")
             with contextlib.suppress(FileExistsError):
-                directory.mkdir()
+                directory.mkdir(parents=True, exist_ok=bool(named))
                 return directory
 
-    # ------------------------------------------------------------------------------- metrics
+    def _checkpoints(self) -> list[Path]:
+        """Checkpoints, oldest first. One is whole when its state.json, written last, is there."""
+        return sorted(p.parent for p in self.directory.glob("checkpoints/step-*/state.json"))
+
+    def _corrupt(self) -> contextlib.AbstractContextManager[None]:
+        advice = "delete it, and --resume continues from the one before"
+        return usage_error(f"the checkpoint {self.checkpoint} is corrupt, {advice}", Exception)
+
+    def _cut_back(self) -> None:
+        """Remove what was written after the checkpoint, partial lines and checkpoints too."""
+        for directory in self.directory.glob("checkpoints/step-*"):
+            if not (directory / "state.json").exists():
+                shutil.rmtree(directory)
+        metrics = self.directory / "metrics.jsonl"
+        if metrics.exists():
+            lines = metrics.read_bytes().splitlines(keepends=True)[: self.state["lines"]]
+            metrics.write_bytes(b"".join(lines))
+
+    def _evaluate_before(self) -> list[Tally]:
+        """The evaluation of the untrained student, which a resumed run does not repeat."""
+        path = self.directory / "checkpoints" / "before.json"
+        if path.exists():
+            with usage_error(f"{path} is corrupt, delete {self.directory}", ValueError):
+                tallies = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            tallies = self.evaluator(self.student)
+            if self.accelerator.is_main_process:
+                write_json(path, tallies)
+        if self.checkpoint is None:
+            self._write_scores(0, tallies)
+        return tallies
+
+    def resume(self, steps: int) -> int:
+        """Load the newest checkpoint, if any, into what accelerate has prepared; the first step.
+
+        From here to the last `save`, SIGTERM and Ctrl-C end the run with a checkpoint.
+        """
+        if self.checkpoint is not None:
+            with self._corrupt():
+                # Nothing foreign is unpickled: safetensors, and torch.load(weights_only=True).
+                self.accelerator.load_state(str(self.checkpoint))
+            self.accelerator.print(f"resumed from {self.checkpoint}")
+        self.steps, first = steps, self.state["step"]
+        self.bar = progress("training", steps, first)
+        for number in (signal.SIGTERM, signal.SIGINT) if first < steps else ():
+            signal.signal(number, self._note_signal)
+        self.student.model.train()
+        self.clock = time.perf_counter()
+        return first
+
+    def _note_signal(self, number: int, _: Any) -> None:
+        """Signal handler: `save` ends the run after the present step; a second signal, at once."""
+        self.signal = number
+        sys.stdout = sys.stderr  # a reader of the pipe has often died of the same Ctrl-C
+        default_signals()
+
+    def begin(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Set learning rate (linear warm-up, cosine to zero) and dropout seed.
+
+        Both are functions of the step, so that resuming needs no state.
+        """
+        warmup = self.args.warmup_steps
+        done = (step - warmup) / max(1, self.steps - warmup)
+        factor = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * done))
+        for group in optimizer.param_groups:
+            group["lr"] = self.args.learning_rate * factor
+        # The only use of torch's global generator while training.
+        process = self.accelerator.process_index
+        torch.manual_seed(row_seed(self.args.seed, "dropout", step, process))
 
     def log(
         self, step: int, tokens: int, values: dict[str, Any], examples: list[list[Example]]
@@ -2069,239 +1985,128 @@ class Run:
     def flush(self) -> None:
         """Write what was logged to metrics.jsonl. A non-finite number ends the run."""
         speed = self.tokens / max(time.perf_counter() - self.clock, 1e-9)
-        lines = []
         for step, values, examples in self.pending:
             numbers = {name: float(value) for name, value in values.items()}
             if not all(map(math.isfinite, numbers.values())):
                 sources = [e.prompt.conversation.source for part in examples for e in part]
-                raise TrainingError(
-                    f"loss or gradient is not finite at step {step}: {numbers}; its examples: "
-                    f"{', '.join(sources[:3])} and {max(0, len(sources) - 3)} more"
-                )
-            lines.append({"step": step, **numbers, "speed/tokens_per_second": speed})
-            self.bar.set_postfix(
-                loss=f"{numbers['train/loss']:.4f}", tokens_per_second=f"{speed:.0f}"
-            )
-        self.pending = []
-        self.write(*lines)
-        self.restart_clock()
+                named = f"{', '.join(sources[:3])} and {max(0, len(sources) - 3)} more"
+                message = f"loss or gradient is not finite at step {step}: {numbers}; examples: "
+                raise UsageError(message + named, exit_code=1)
+            loss = f"{numbers['train/loss']:.4f}"
+            self.bar.set_postfix(loss=loss, tokens_per_second=f"{speed:.0f}", refresh=False)
+            self._write({"step": step, **numbers, "speed/tokens_per_second": speed})
+        self.pending, self.clock, self.tokens = [], time.perf_counter(), 0
 
-    def restart_clock(self) -> None:
-        self.clock, self.tokens = time.perf_counter(), 0
-
-    def say(self, *lines: str) -> None:
-        """Print lines, above the progress bar."""
-        for line in lines:
-            if self.accelerator.is_main_process:
-                self.bar.write(line)
-
-    def write(self, *lines: dict[str, Any]) -> None:
-        """Append lines to metrics.jsonl, and send them to the tracker."""
+    def _write(self, line: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl, and send it to the tracker."""
         if self.accelerator.is_main_process:
             with open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-        self.state["lines"] += len(lines)
-        for line in lines:
-            self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+                file.write(json.dumps(line) + "\n")
+        self.state["lines"] += 1
+        self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
 
-    def evaluate(self, step: int, evaluator: Evaluator, student: LanguageModel) -> None:
+    def _write_scores(self, step: int, tallies: list[Tally]) -> None:
+        self._write({"step": step} | {f"eval/{k}": v for k, v in scores(tallies).items()})
+        self.clock = time.perf_counter()  # evaluation is not training time
+
+    def say(self, *lines: str) -> None:
+        """Print lines above the progress bar."""
+        for line in lines if self.accelerator.is_main_process else ():
+            self.bar.write(line)
+
+    def evaluate(self, step: int) -> None:
         """Score the student while it trains, if that is due at this step."""
         every = self.args.eval_steps
         if every and step % every == 0 and step < self.steps:
             self.flush()
-            self._write_scores(step, scores(evaluator(student)))
-            self.restart_clock()  # evaluation is not training time
-
-    def _write_scores(self, step: int, numbers: Scores) -> None:
-        self.write({"step": step} | {f"eval/{name}": value for name, value in numbers.items()})
-
-    def evaluate_before(self, evaluator: Evaluator, student: LanguageModel) -> list[Tally]:
-        """The evaluation of the untrained student, which a resumed run does not repeat."""
-        path = self.directory / "checkpoints" / "before.json"
-        if path.exists():
-            try:
-                tallies = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                raise UsageError(f"{path} is corrupt: delete {self.directory}") from None
-        else:
-            tallies = evaluator(student)
-            if self.accelerator.is_main_process:
-                write_json(path, tallies)
-        if self.checkpoint is None:
-            self._write_scores(0, scores(tallies))
-        return tallies
-
-    # --------------------------------------------------------------------------- checkpoints
-
-    def _checkpoints(self) -> list[Path]:
-        """Checkpoints, oldest first. One is whole when its state.json, written last, is there."""
-        return sorted(p.parent for p in self.directory.glob("checkpoints/step-*/state.json"))
-
-    def _read_state(self) -> dict[str, Any]:
-        state = {"step": 0, "lines": 0, "seconds": 0.0}
-        launched = self.accelerator.distributed_type.value
-        if self.checkpoint is not None:
-            try:
-                state = json.loads((self.checkpoint / "state.json").read_text(encoding="utf-8"))
-                was = state["launched"]
-            except (ValueError, KeyError, TypeError) as problem:
-                raise self._corrupt(problem) from None
-            if was != launched:
-                raise UsageError(
-                    f"{self.checkpoint} was written under accelerate's {was}, and this is "
-                    f"{launched}: launch the run as before"
-                )
-        return state | {"launched": launched}
-
-    def _corrupt(self, problem: Exception) -> UsageError:
-        return UsageError(
-            f"the checkpoint {self.checkpoint} is corrupt ({first_line(problem)}): delete it, and "
-            "--resume continues from the one before"
-        )
-
-    def _cut_back(self) -> None:
-        """Remove what was written after the checkpoint, partial lines and checkpoints too."""
-        for directory in self.directory.glob("checkpoints/step-*"):
-            if not (directory / "state.json").exists():
-                shutil.rmtree(directory)
-        metrics = self.directory / "metrics.jsonl"
-        if metrics.exists():
-            lines = metrics.read_bytes().splitlines(keepends=True)[: self.state["lines"]]
-            metrics.write_bytes(b"".join(lines))
-
-    def resume(self, steps: int, student: LanguageModel) -> int:
-        """Load the newest checkpoint, if any, into what accelerate has prepared; the first step.
-
-        From here to the last `save`, SIGTERM and Ctrl-C end the run with a checkpoint.
-        """
-        if self.checkpoint is not None:
-            try:
-                # Nothing foreign is unpickled: safetensors, and torch.load(weights_only=True).
-                self.accelerator.load_state(str(self.checkpoint))
-            except Exception as problem:  # every format has its own errors
-                raise self._corrupt(problem) from None
-            self.accelerator.print(f"resumed from {self.checkpoint}")
-        self.steps, first = steps, self.state["step"]
-        self.bar = progress("training", steps, first)
-        if first < steps:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._note_signal)
-        student.model.train()
-        self.restart_clock()
-        return first
-
-    def _note_signal(self, number: int, _: Any) -> None:
-        """Signal handler: `save` ends the run after the present step; a second signal, at once."""
-        self.signal = number
-        sys.stdout = sys.stderr  # a reader of the pipe has often died of the same Ctrl-C
-        self._default_signals()
-
-    def _default_signals(self) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._write_scores(step, self.evaluator(self.student))
 
     def save(self, step: int) -> None:
         """Write a checkpoint if one is due, and end the run if a signal asked for it."""
-        stop = self.signal
-        if self.accelerator.num_processes > 1:  # all stop together, and agree at logging steps only
-            agree = step % self.args.logging_steps == 0 or step == self.steps
+        last, stop = step == self.steps, self.signal
+        if self.accelerator.num_processes > 1:  # all must stop at the same step
             mine = torch.tensor([stop], device=self.accelerator.device)
+            agree = last or step % self.args.logging_steps == 0
             stop = int(self.accelerator.gather(mine).max()) if agree else 0
-        due = self.args.save_steps and step % self.args.save_steps == 0
-        if due or step == self.steps or stop:
+        if last or stop or (self.args.save_steps and step % self.args.save_steps == 0):
             self.flush()
             self._write_checkpoint(step)
-            self.restart_clock()
-        if step == self.steps:
+            self.clock = time.perf_counter()
+        if last:
             self.bar.close()
-            self._default_signals()
+            default_signals()
         if stop:
             flags = command_line(self.args, {"output_dir", "overwrite", "resume"})
             place = shlex.join(["--output-dir", str(self.directory), "--resume"])
-            self.accelerator.print(
-                f"stopped after step {step}; to continue: python {self.script}.py {flags} {place}"
-            )
+            command = " ".join(filter(None, ["python", f"{self.script}.py", flags, place]))
+            self.accelerator.print(f"stopped after step {step}; to continue: {command}")
             self.accelerator.end_training()
             sys.exit(128 + stop)
 
     def _write_checkpoint(self, step: int) -> None:
         """Weights, optimizer and random state of all processes; state.json last."""
         path = self.directory / "checkpoints" / f"step-{step:06}"
-        try:
+        with usage_error(f"cannot write {path}", OSError, RuntimeError, SafetensorError):
             self.accelerator.save_state(str(path), safe_serialization=True)
-        except (OSError, RuntimeError, SafetensorError) as problem:
-            shutil.rmtree(path, ignore_errors=True)
-            raise UsageError(f"cannot write {path}: {first_line(problem)}") from None
         self.accelerator.wait_for_everyone()
+        self.state |= {"step": step, "seconds": self._seconds()}
         if self.accelerator.is_main_process:
-            self.state |= {"step": step, "seconds": self._seconds()}
             write_json(path / "state.json", self.state)
-            keep = self.args.save_total_limit
-            for old in self._checkpoints()[:-keep] if keep else ():
+            limit = self.args.save_total_limit
+            for old in self._checkpoints()[:-limit] if limit else ():
                 (old / "state.json").unlink()  # first, so that a cut leaves no partial checkpoint
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
     def _seconds(self) -> float:
-        """How long the run took, with what it took before it was resumed."""
         return self.earlier + time.perf_counter() - STARTED
 
-    # ------------------------------------------------------------------------------- results
-
-    def finish(
-        self, student: LanguageModel, before: list[Tally], evaluator: Evaluator, **more: Any
-    ) -> None:
+    def finish(self, **more: Any) -> None:
         """Score the student; write final/, results.json and curves.png; print the table."""
-        after = evaluator(student, show=3)
-        self._write_scores(self.steps, scores(after))
+        after, evaluator = self.evaluator(self.student, show=3), self.evaluator
+        self._write_scores(self.steps, after)
+        packages = ("torch", "transformers", "datasets", "accelerate")
+        results = {
+            "teacher": scores(evaluator.teacher_tallies),
+            "before": scores(self.before),
+            "after": scores(after),
+            "gap_recovered": gap_recovered(self.before, after, evaluator.teacher_tallies),
+            "evaluation": {"rows": len(after), "unreferenced_rows": evaluator.unreferenced},
+            **more,
+            "seconds": self._seconds(),
+            "versions": {name: importlib.metadata.version(name) for name in packages},
+        }
         if self.accelerator.is_main_process:
-            results = {
-                "teacher": scores(evaluator.teacher_tallies),
-                "before": scores(before),
-                "after": scores(after),
-                "gap_recovered": gap_recovered(before, after, evaluator.teacher_tallies),
-                "evaluation": {"rows": len(before), "unreferenced_rows": evaluator.unreferenced},
-                **more,
-                "seconds": self._seconds(),
-                "versions": {
-                    name: importlib.metadata.version(name)
-                    for name in ("torch", "transformers", "datasets", "accelerate")
-                },
-            }
             table = results_table(results)
-            save_student(student, self.directory / "final", self._model_card(table))
+            save_student(self.student, self.directory / "final", self._model_card(table))
             write_json(self.directory / "results.json", results)
             draw_curves([self.directory], self.directory / "curves.png")
             print(table)
             if evaluator.unreferenced:
                 print(
-                    f"{evaluator.unreferenced} of {len(before)} evaluation rows have no reference: "
+                    f"{evaluator.unreferenced} of {len(after)} evaluation rows have no reference: "
                     "there exact_match and error_rate compare with the teacher's greedy answer"
                 )
             print(f"student: {self.directory / 'final'}")
         self.accelerator.end_training()  # closes the tracker and waits for all processes
 
     def _model_card(self, table: str) -> str:
-        args = self.args
-        flags = command_line(args, {"output_dir", "cache_dir", "overwrite", "resume"})
-        return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [distillation]
----
+        flags = command_line(self.args, {"output_dir", "cache_dir", "overwrite", "resume"})
+        teacher = getattr(self.args, "api_model", None) or Path(self.args.teacher).name
+        student = Path(self.args.student).name
+        lines = [
+            "---", "library_name: transformers", "pipeline_tag: text-generation",
+            "tags: [distillation]", "---", "", f"# {student}, distilled from {teacher}", "",
+            f"- method: `{self.script}.py`", f"- teacher: `{teacher}`", f"- student: `{student}`",
+            f"- data: `{Path(self.args.dataset).name}`", f"- flags: `{flags or 'none'}`", "",
+            "```", table, "```", "",
+        ]  # fmt: skip
+        return "\n".join(lines)
 
-# {Path(args.student).name}, distilled from {self.teacher}
 
-- method: `{self.script}.py`
-- teacher: `{self.teacher}`
-- student: `{Path(args.student).name}`
-- data: `{Path(args.dataset).name}`
-- flags: `{flags or "none"}`
-
-```
-{table}
-```
-"""
+def default_signals() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def save_student(student: LanguageModel, directory: Path, card: str) -> None:
@@ -2322,15 +2127,32 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(part, path)
 
 
+def format_table(rows: list[list[str | float | None]]) -> str:
+    """Rows as aligned columns, numbers with four decimals, a dash for None."""
+    cells = [
+        ["–" if c is None else c if isinstance(c, str) else f"{c:.4f}" for c in r] for r in rows
+    ]
+    widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
+    lines = [
+        row[0].ljust(widths[0])
+        + "".join(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))
+        for row in cells
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
 def results_table(results: dict[str, Any]) -> str:
     """Teacher, before and after, a line for each score."""
-    lines = [f"{'':16}{'teacher':>10}{'before':>10}{'after':>10}{'gap recovered':>16}"]
+    columns = ("teacher", "before", "after")
+    rows: list[list[Any]] = [["", *columns, "gap recovered"]]
     for name in results["after"]:
-        cells = [results[column].get(name) for column in ("teacher", "before", "after")]
-        row = "".join(f"{'–' if c is None else format(c, '.4f'):>10}" for c in cells)
-        gap = results["gap_recovered"].get(name)
-        lines.append(f"{name:16}{row}{'' if gap is None else format(gap, '.1%'):>16}".rstrip())
-    return "\n".join(lines)
+        gap = percent(results["gap_recovered"].get(name))
+        rows.append([name, *(results[column].get(name) for column in columns), gap])
+    return format_table(rows)
 
 
 def draw_curves(directories: Sequence[Path], target: Path) -> None:
@@ -2344,16 +2166,17 @@ def draw_curves(directories: Sequence[Path], target: Path) -> None:
         print(f'no {target.name}: it needs matplotlib (pip install -e ".[plots]")')
         return
     panels = ("train/loss", "eval/kl_to_teacher", "eval/exact_match", "eval/error_rate")
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(18, 4 + len(directories) / 12))
-    for directory in directories:
-        text = (directory / "metrics.jsonl").read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines()]
-        for name, axis in zip(panels, axes, strict=True):
-            points = [(line["step"], line[name]) for line in lines if name in line]
+    height = 4 + len(directories) / 12
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(18, height), layout="constrained")
+    for name, axis in zip(panels, axes, strict=True):
+        axis.set(title=name, xlabel="step")
+        axis.grid(alpha=0.3)
+        for directory in directories:
+            text = (directory / "metrics.jsonl").read_text(encoding="utf-8")
+            lines = [line for line in map(json.loads, text.splitlines()) if name in line]
+            steps, values = [line["step"] for line in lines], [line[name] for line in lines]
             marker = "o" if name.startswith("eval") else None
-            axis.plot(*zip(*points, strict=True), label=directory.name, marker=marker, markersize=3)
-            axis.set(title=name, xlabel="step")
-            axis.grid(alpha=0.3)
+            axis.plot(steps, values, label=directory.name, marker=marker, markersize=3)
     if len(directories) > 1:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(target, dpi=100)
@@ -2366,16 +2189,13 @@ def compare_runs(paths: Iterable[str]) -> None:
     if not runs:
         exit_with("no finished run (a directory with a results.json) among the arguments")
     columns = ("kl_to_teacher", "top1_agreement", "exact_match", "error_rate", "bits_per_byte")
-    width = max(len(p.name) for p in runs) + 2
-    titles = "".join(f"{c:>16}" for c in columns)
-    print(f"{'after training':{width}}{titles}{'gap (exact)':>16}{'seconds':>10}")
+    rows: list[list[Any]] = [["after training", *columns, "gap (exact)", "seconds"]]
     for path in runs:
         results = json.loads((path / "results.json").read_text(encoding="utf-8"))
-        cells = [results["after"].get(c) for c in columns]
-        row = "".join(f"{'–' if c is None else format(c, '.4f'):>16}" for c in cells)
-        gap = results["gap_recovered"].get("exact_match")
-        gap = "–" if gap is None else format(gap, ".1%")
-        print(f"{path.name:{width}}{row}{gap:>16}{results['seconds']:>10.0f}")
+        gap = percent(results["gap_recovered"].get("exact_match"))
+        scored = [results["after"].get(name) for name in columns]
+        rows.append([path.name, *scored, gap, f"{results['seconds']:.0f}"])
+    print(format_table(rows))
     picture = runs[0].parent / "comparison.png"
     draw_curves(runs, picture)
     if picture.exists():

@@ -354,9 +354,8 @@ def main(args: Arguments) -> None:
 
     examples = common.make_examples(prompts, pair, args) if args.reads_teacher_text else []
     evaluator = Evaluator(evaluation, pair, args)
-    teacher_hidden = common.TeacherHiddenStates(teacher, examples, args, "training text")
-    run = common.Run("on_policy", args, accelerator)
-    before = run.evaluate_before(evaluator, student)
+    teacher_hidden = common.TeacherHiddenStates(teacher, examples, "training text")
+    run = common.Run("on_policy", args, accelerator, evaluator, student)
 
     module = OnPolicyLoss(student, teacher.head(), objective, args.estimator)
     module, optimizer = accelerator.prepare(module, common.make_optimizer(module, args))
@@ -364,8 +363,8 @@ def main(args: Arguments) -> None:
     rollouts = Rollouts(pair, prompts, args, steps, accelerator)
     teacher_length = common.scores(evaluator.teacher_tallies)["response_tokens"]
     monitor = RolloutMonitor(student, teacher_length, args)
-    for step in range(run.resume(steps, student), steps):
-        common.begin_step(step, steps, optimizer, args)
+    for step in range(run.resume(steps), steps):
+        run.begin(step, optimizer)
         if on_policy := args.on_policy(step):
             batch, extra = rollouts(step)
             run.say(*monitor.samples(step, batch))
@@ -394,9 +393,9 @@ def main(args: Arguments) -> None:
         numbers[f"train/kl_on_{'own' if on_policy else 'teacher'}_text"] = kl
         run.log(step + 1, tokens, numbers | extra, micro_batches)
         run.say(*monitor.warnings(step))
-        run.evaluate(step + 1, evaluator, student)
+        run.evaluate(step + 1)
         run.save(step + 1)
-    run.finish(student, before, evaluator)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -366,7 +366,7 @@ class ApiTeacher:
             raise UsageError(
                 f"{self.base_url} has no model {self.args.api_model}, or no chat there: {reason}"
             ) from None
-        if status < 500 and status not in {408, 409, 429} or problem.code == "insufficient_quota":
+        if (status < 500 and status not in {408, 409, 429}) or problem.code == "insufficient_quota":
             raise UsageError(f"{self.base_url} refuses the request: {reason}") from None
         raise UsageError(
             f"{self.base_url} does not recover: {reason}; start the same command later, the answers "
@@ -376,7 +376,7 @@ class ApiTeacher:
     def _scrubbed(self, problem: BaseException | None) -> str:
         """What went wrong, on one line and without the key, which a server may repeat."""
         text = str(problem).replace(self.key, "[key]") if self.key else str(problem)
-        return common.first_line(Exception(text))
+        return (text.strip().splitlines() or [type(problem).__name__])[0][:300]
 
 
 def main(args: Arguments) -> None:
@@ -394,16 +394,15 @@ def main(args: Arguments) -> None:
     examples, selection = training_text(train, prompts, pair, args)
     evaluator = common.Evaluator(evaluation, pair, args)
     del pair  # training needs nothing more of the teacher
-    run = common.Run("sequence_level", args, accelerator, args.api_model)
+    run = common.Run("sequence_level", args, accelerator, evaluator, student)
     if accelerator.is_main_process and selection:
         write_completions(run.directory / "completions.jsonl", examples)
-    before = run.evaluate_before(evaluator, student)
 
     module = SequenceLevelLoss(student)
     module, optimizer = accelerator.prepare(module, common.make_optimizer(module, args))
     steps = common.total_steps(args, len(examples))
-    for step in range(run.resume(steps, student), steps):
-        common.begin_step(step, steps, optimizer, args)
+    for step in range(run.resume(steps), steps):
+        run.begin(step, optimizer)
         batch = common.global_batch(examples, args, step)
         micro_batches, tokens = common.split_micro_batches(batch, args)
         total = 0.0
@@ -422,9 +421,9 @@ def main(args: Arguments) -> None:
         loss, lr = accelerator.reduce(total / tokens), optimizer.param_groups[0]["lr"]
         numbers = {"train/loss": loss, "optim/lr": lr, "optim/grad_norm": norm}
         run.log(step + 1, tokens, numbers, micro_batches)
-        run.evaluate(step + 1, evaluator, student)
+        run.evaluate(step + 1)
         run.save(step + 1)
-    run.finish(student, before, evaluator, training_text=selection)
+    run.finish(training_text=selection)
 
 
 if __name__ == "__main__":

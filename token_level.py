@@ -85,17 +85,16 @@ def main(args: Arguments) -> None:
 
     examples = common.make_examples(prompts, pair, args)
     evaluator = common.Evaluator(evaluation, pair, args)
-    teacher_hidden = common.TeacherHiddenStates(teacher, examples, args, "training text")
+    teacher_hidden = common.TeacherHiddenStates(teacher, examples, "training text")
     if args.cache_teacher:
         teacher.unload()  # its head and hidden states are all that training needs
-    run = common.Run("token_level", args, accelerator)
-    before = run.evaluate_before(evaluator, student)
+    run = common.Run("token_level", args, accelerator, evaluator, student)
 
     module = TokenLevelLoss(student, teacher.head(), objective)
     module, optimizer = accelerator.prepare(module, common.make_optimizer(module, args))
     steps = common.total_steps(args, len(examples))
-    for step in range(run.resume(steps, student), steps):
-        common.begin_step(step, steps, optimizer, args)
+    for step in range(run.resume(steps), steps):
+        run.begin(step, optimizer)
         batch = common.global_batch(examples, args, step)
         micro_batches, tokens = common.split_micro_batches(batch, args)
         sums = 0.0
@@ -115,9 +114,9 @@ def main(args: Arguments) -> None:
         lr = optimizer.param_groups[0]["lr"]
         numbers = {"train/loss": loss, "train/kl": kl, "optim/lr": lr, "optim/grad_norm": norm}
         run.log(step + 1, tokens, numbers, micro_batches)
-        run.evaluate(step + 1, evaluator, student)
+        run.evaluate(step + 1)
         run.save(step + 1)
-    run.finish(student, before, evaluator)
+    run.finish()
 
 
 if __name__ == "__main__":
