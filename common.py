@@ -80,11 +80,7 @@ Tokenizer = PreTrainedTokenizerBase
 
 
 class UsageError(Exception):
-    """Wrong input or failed training: `launch` prints one sentence and exits with `exit_code`."""
-
-    def __init__(self, message: str, exit_code: int = 2) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    """Wrong input: `launch` prints its message as one sentence and exits with code 2."""
 
 
 @contextlib.contextmanager
@@ -93,10 +89,11 @@ def usage_error(prefix: str, *kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as problem:
-        text = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
+        text = str(problem) or type(problem).__name__
         raise UsageError(f"{prefix}: {text.strip().splitlines()[0][:300]}") from None
 
 
+MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 # ------------------------------------------------------------------------------------ arguments
@@ -228,12 +225,11 @@ def launch(main: Callable[[Any], None], kind: type[CommonArguments], description
     """Entry point of a script: parse and run; errors of the user or the disk are one sentence."""
     args = parse_arguments(kind, description)
     try:
-        main(args)
+        with usage_error("cannot read or write (--output-dir, --cache-dir)", OSError):
+            main(args)
     except UsageError as problem:
-        exit_with(problem, problem.exit_code)
-    except OSError as problem:
-        place = problem.filename or f"{args.output_dir or 'runs'} or {args.cache_dir}"
-        exit_with(f"cannot read or write {place}: {problem.strerror or problem}")
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -241,12 +237,6 @@ def launch(main: Callable[[Any], None], kind: type[CommonArguments], description
     # the group's thread while holding the interpreter lock that the thread may be waiting for.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def exit_with(problem: Any, code: int = 2) -> None:
-    """End the process with one sentence on standard error."""
-    print(f"error: {problem}", file=sys.stderr)
-    sys.exit(code)
 
 
 def as_flag(name: str) -> str:
@@ -395,10 +385,8 @@ def _as_message(turn: Any) -> dict[str, str]:
         raise ValueError("a turn has no role")
     if content is None:
         raise ValueError(f"the content of a {role} turn is null or missing")
-    return {
-        "role": {"human": "user", "gpt": "assistant"}.get(role, role),
-        "content": _as_text(content),
-    }
+    role = {"human": "user", "gpt": "assistant"}.get(role, role)
+    return {"role": role, "content": _as_text(content)}
 
 
 def _as_text(value: Any) -> str:
@@ -479,6 +467,26 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     return F.linear(a.to(wide), b.to(wide))
 
 
+class Logits(NamedTuple):
+    """Logits (N, V) that are computed where they are indexed, `logits[rows]`, and never whole."""
+
+    hidden: Tensor  # (N, d), at the positions that predict N targets
+    head: Head
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.head.logits(self.hidden[rows])
+
+    def cast(self) -> Logits:
+        """With the head's weight converted once instead of at every index."""
+        return self._replace(head=self.head.cast(self.hidden.dtype, self.hidden.device))
+
+    def chunks(self) -> list[slice]:
+        """Rows whose logits exist at one time; on a CPU those should stay near the caches."""
+        tokens, elements = len(self.hidden), 2**23 if self.hidden.device.type == "cpu" else 2**26
+        size = max(16, elements // len(self.head.weight))
+        return [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]
+
+
 @dataclass
 class LanguageModel:
     """A causal language model with its tokenizer. Its weights are loaded when first used."""
@@ -545,6 +553,10 @@ class LanguageModel:
         hidden = self.backbone(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         return hidden[batch.example, batch.position]
 
+    def logits(self, batch: Batch) -> Logits:
+        """The logits that predict the N targets of the batch."""
+        return Logits(self.hidden_states(batch), self.head())
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Eval mode without gradients; ends gradient checkpointing, which disables the KV cache."""
@@ -556,9 +568,22 @@ class LanguageModel:
         finally:
             self.model.train(training)
 
-    def complete(self, prompts: Sequence[Prompt], args: Any, **sampling: Any) -> list[Completion]:
-        """Answers to the prompts: see `teacher_completions`."""
-        return teacher_completions(self, prompts, args, **sampling)
+    def complete(
+        self, prompts: Sequence[Prompt], args: CommonArguments, **sampling: Any
+    ) -> list[Completion]:
+        """Answers to the prompts, from the cache if they are there: see `cached_completions`."""
+
+        def write(missing: dict[str, int], record: Callable[[str, Completion], None]) -> None:
+            ids = [prompts[i].teacher for i in missing.values()]
+            keys, seeds = list(missing), [row_seed(args.seed, key) for key in missing]
+            nucleus = sampling.get("top_p", 1.0)
+            written = generate(self, ids, seeds, args, sampling["temperature"], nucleus)
+            for place, completion in written:
+                record(keys[place], completion)
+
+        identity = [self.digest, str(self.compute_dtype), self.end_ids]
+        asked = [p.teacher for p in prompts]
+        return cached_completions(prompts, asked, identity, args, write, **sampling)
 
 
 class Pair(NamedTuple):
@@ -628,8 +653,6 @@ def open_model(
     tokenizer.chat_template = tokenizer.chat_template or template
     if not tokenizer.chat_template:
         raise UsageError(f"{name} has no chat template; give one with --chat-template FILE")
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UsageError(f"{name} holds no model: there is no config.json in it")
     generation_config = None
     with usage_error(f"cannot load the model {name}", *LOADING_ERRORS):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -644,8 +667,8 @@ def open_model(
         weights = load_weights(model, args, revision, dtype if teaches else "float32")
         return weights.requires_grad_(not teaches)
 
-    dtype_ = getattr(torch, dtype)
-    model = LanguageModel(name, tokenizer, config, ends, dtype_, device, digest, load)
+    compute = getattr(torch, dtype)
+    model = LanguageModel(name, tokenizer, config, ends, compute, device, digest, load)
     if model.max_positions and args.max_length > model.max_positions:
         raise UsageError(f"--max-length {args.max_length}: {name} stops at {model.max_positions}")
     return model
@@ -725,27 +748,19 @@ def load_pair(args: CommonArguments, device: torch.device) -> Pair:
         teacher.states_dir = Path(args.cache_dir) / "states" / f"{teacher.digest}-{dtype}"
         if (path := teacher.states_dir / "head.safetensors").exists():
             teacher.cached_head = Head(**read_tensors(path, device))
-    # Wrong weights are an error here rather than at the first use.
-    assert student.model and (teacher.cached_head or teacher.model)
+    # Loaded now rather than at the first use, so that wrong weights are an early error.
+    _ = student.model, teacher.cached_head or teacher.model
     return Pair(student, teacher)
 
 
 def digest_of_model(name: str, revision: str) -> str:
-    """Identifies weights, configuration and tokenizer, without reading the weights.
-
-    For a hub model that is its commit; for a directory the content of its small files, and size and
-    time of change of its weight files, because hashing those takes longer than loading them.
-    """
-    hasher = hashlib.sha256()
+    """Identifies weights, configuration and tokenizer: a hub model's commit, or name, size and time
+    of change of a directory's files, because hashing weights takes longer than loading them."""
     if not Path(name).is_dir():
-        commit = extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
-        hasher.update(f"{name}@{commit}".encode())
-    for file in sorted(Path(name).glob("*")):
-        if file.suffix == ".safetensors":
-            hasher.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
-        elif file.suffix in {".json", ".jinja", ".model", ".txt"}:
-            hasher.update(file.name.encode() + file.read_bytes())
-    return hasher.hexdigest()[:20]
+        config = cached_file(name, "config.json", revision=revision)
+        return f"{row_seed(name, extract_commit_hash(config, None)):016x}"
+    files = [f for f in sorted(Path(name).iterdir()) if f.suffix in MODEL_FILES]
+    return f"{row_seed([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]):016x}"
 
 
 # ----------------------------------------------------------------------------- tokens and masks
@@ -1006,7 +1021,7 @@ def _cut(sides: Sequence[Tokens], max_length: int, same_targets: bool) -> list[T
 
 
 def collate(examples: Sequence[Tokens], device: torch.device, pad_id: int = 0) -> Batch:
-    """Pad on the right and list the targets, example by example. No examples make an empty batch."""
+    """Pad on the right and list the targets, example by example."""
     rows = [torch.tensor(e.ids) for e in examples] or [torch.zeros(1, dtype=torch.long)]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)  # (B, L)
     counts = torch.tensor([len(e.targets) for e in examples], dtype=torch.long)
@@ -1104,33 +1119,27 @@ def sample(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> T
 
 
 def generate(
-    model: LanguageModel,
-    prompts: Sequence[list[int]],
-    seeds: Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
-    batch_size: int = 256,
-) -> Iterator[tuple[int, Completion]]:
+    model: LanguageModel, prompts: Sequence[list[int]], seeds: Sequence[int], args: CommonArguments,
+    temperature: float, top_p: float = 1.0,
+) -> Iterator[tuple[int, Completion]]:  # fmt: skip
     """Answers to `prompts` (ids) as (index, completion), in batches of prompts of similar length.
 
     Only the end tokens are taken from the model's generation_config. A row's text depends on the
     rest of its batch through rounding only.
     """
+    batch_size, longest = args.generation_batch_size, args.max_new_tokens
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
+        draws = uniforms([seeds[i] for i in batch], longest)
         with model.evaluating():
-            ids = _generate_batch(
-                model, [prompts[i] for i in batch], uniforms([seeds[i] for i in batch],
-                max_new_tokens), temperature, top_p,
-            )  # fmt: skip
-        for i, response in zip(batch, ids, strict=True):
-            finished = response[-1] in model.end_ids
-            text = model.tokenizer.decode(
-                response[:-1] if finished else response, clean_up_tokenization_spaces=False
+            responses = _generate_batch(
+                model, [prompts[i] for i in batch], draws, temperature, top_p
             )
+        for i, response in zip(batch, responses, strict=True):
+            finished = response[-1] in model.end_ids
+            ids = response[:-1] if finished else response
+            text = model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
             yield i, Completion(text, finished, len(response), response)
 
 
@@ -1177,27 +1186,6 @@ def _generate_batch(
 
 
 # ---------------------------------------------------------- the teacher's text and hidden states
-
-
-def teacher_completions(
-    teacher: LanguageModel, prompts: Sequence[Prompt], args: CommonArguments, **sampling: Any
-) -> list[Completion]:
-    """The teacher's answers to the prompts, from the cache where it has them."""
-
-    def write(missing: dict[str, int], record: Callable[[str, Completion], None]) -> None:
-        keys = list(missing)
-        written = generate(
-            teacher, [prompts[i].teacher for i in missing.values()],
-            [row_seed(args.seed, key) for key in keys], max_new_tokens=args.max_new_tokens,
-            temperature=sampling["temperature"], top_p=sampling.get("top_p", 1.0),
-            batch_size=args.generation_batch_size,
-        )  # fmt: skip
-        for place, completion in written:
-            record(keys[place], completion)
-
-    identity = [teacher.digest, str(teacher.compute_dtype), teacher.end_ids]
-    asked = [p.teacher for p in prompts]
-    return cached_completions(prompts, asked, identity, args, write, **sampling)
 
 
 def cached_completions(
@@ -1398,7 +1386,7 @@ def softmax_with_temperature(logits: Tensor, temperature: float = 1.0) -> Tensor
 
 
 class Objective(NamedTuple):
-    """The loss of a target token: T² · D_T(teacher, student) + ce_weight · cross-entropy (T = 1)."""
+    """A target token's loss: T² · D_T(teacher, student) + ce_weight · cross-entropy at T = 1."""
 
     kl: str = "forward"  # forward | reverse | jsd
     jsd_beta: float = 0.5
@@ -1450,18 +1438,6 @@ def divergence(
     return value, student * (slope - (student * slope).sum(-1, keepdim=True))
 
 
-def chunks(tokens: int, vocabulary: int, device: torch.device) -> list[slice]:
-    """Parts of N target tokens whose (n, V) arrays exist at one time.
-
-    On a CPU those should stay near the caches.
-    """
-    size = max(16, (2**23 if device.type == "cpu" else 2**26) // vocabulary)
-    return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
-
-
-LossAndGradient = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
-
-
 class _ChunkedLoss(torch.autograd.Function):
     """See `chunked_loss`. Backward *returns* the gradients and writes no `.grad`, so that tied
     embeddings add up and DDP reduces them once."""
@@ -1470,15 +1446,10 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, head, pieces, loss_and_gradient):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         head = head._replace(weight=weight, bias=bias).cast(hidden.dtype, hidden.device)
-        grads = [
-            torch.zeros_like(t, dtype=dtype) if wanted else None
-            for t, dtype, wanted in zip(
-                (hidden, weight, bias),
-                (hidden.dtype, wide, wide),
-                ctx.needs_input_grad,
-                strict=False,
-            )
-        ]
+        wanted = ctx.needs_input_grad
+        grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if wanted[2] else None
         sums = torch.zeros(2, dtype=wide, device=hidden.device)
         for rows, piece in pieces:
             # Popped, so that `loss_and_gradient` alone holds the logits and can free them.
@@ -1487,15 +1458,17 @@ class _ChunkedLoss(torch.autograd.Function):
             part, gradient = loss_and_gradient(logits.pop(), piece)
             sums += part
             gradient = head.backward(gradient, capped)
-            if grads[2] is not None:
-                grads[2] += gradient.sum(0)
+            if wanted[2]:
+                grad_bias += gradient.sum(0)
             gradient = gradient.to(hidden.dtype)
-            if grads[0] is not None:
-                grads[0][rows] = matmul_fp32(gradient, head.weight.t()).to(hidden.dtype)
-            if grads[1] is not None:
-                accumulate_weight_grad(grads[1], gradient, hidden[rows])
+            if wanted[0]:
+                grad_hidden[rows] = matmul_fp32(gradient, head.weight.t()).to(hidden.dtype)
+            if wanted[1] and gradient.dtype == wide:
+                grad_weight.addmm_(gradient.t(), hidden[rows])
+            elif wanted[1]:
+                grad_weight += matmul_fp32(gradient.t(), hidden[rows].t())
             del gradient, capped  # the next piece's arrays take their memory
-        ctx.gradients = grads
+        ctx.gradients = grad_hidden, grad_weight, grad_bias
         ctx.mark_non_differentiable(sums)
         return sums[0].clone(), sums
 
@@ -1506,56 +1479,37 @@ class _ChunkedLoss(torch.autograd.Function):
         return (*[None if g is None else g.mul_(grad_loss) for g in gradients], None, None, None)
 
 
-def accumulate_weight_grad(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """`total += gradientᵀ @ hidden`, (V, d), accumulated in `total`'s float32."""
-    if gradient.dtype == total.dtype:
-        total.addmm_(gradient.t(), hidden)
-    else:
-        total += matmul_fp32(gradient.t(), hidden.t())
-
-
 def chunked_loss(
-    hidden: Tensor,
-    head: Head,
-    pieces: Sequence[tuple[slice, Any]],
-    loss_and_gradient: LossAndGradient,
+    student: Logits, pieces: Sequence[tuple[slice, Any]], loss_and_gradient: Callable
 ) -> tuple[Tensor, Tensor]:
-    """A loss of all logits that never holds all logits.
+    """A loss of N x V logits that never holds them whole.
 
     A piece's logits (n, V) are made, `loss_and_gradient(logits, piece)` takes the loss *and its
-    gradient*, and they are dropped, so that memory beyond the inputs and their gradients does not
-    grow with N x V.
+    gradient*, and they are dropped.
 
     Args:
-        hidden: (N, d), the student's hidden states that predict the targets.
-        pieces: for each piece its rows of `hidden`, and what `loss_and_gradient` is to know of it.
-        loss_and_gradient: logits (n, V), which it may overwrite, and a piece, to the sums (2,) of
-            the loss and of the divergence without T², and the gradient (n, V) of the loss with
-            respect to the logits.
+        pieces: the rows of each piece, and what `loss_and_gradient` is to know of it.
+        loss_and_gradient: returns the sums (2,) of the loss and of the divergence without T², and
+            the gradient (n, V) of the loss with respect to the logits, which it may overwrite.
 
     Returns:
-        The loss, a scalar in nats summed over tokens, differentiable in `hidden` and the head; and
-        both sums (2,), detached.
+        The loss, a scalar in nats summed over tokens, differentiable in the student's hidden states
+        and head; and both sums (2,), detached.
     """
+    hidden, head = student
     with torch.autocast(hidden.device.type, enabled=False):
         return _ChunkedLoss.apply(hidden, head.weight, head.bias, head, pieces, loss_and_gradient)
 
 
 def distillation_loss(
-    student_hidden: Tensor,
-    student: Head,
-    targets: Tensor,
-    objective: Objective,
-    teacher_hidden: Tensor | None = None,
-    teacher: Head | None = None,
+    student: Logits, targets: Tensor, objective: Objective, teacher: Logits | None = None
 ) -> tuple[Tensor, Tensor]:
     """The objective summed over N target tokens with ids `targets` (N,): see `chunked_loss`.
 
-    `teacher_hidden` (N, d') and the teacher's head are None for cross-entropy alone.
+    Without a teacher it is cross-entropy alone.
     """
     t, ce_weight = objective.temperature, objective.ce_weight
-    if teacher is not None:
-        teacher = teacher.cast(teacher_hidden.dtype, teacher_hidden.device)
+    teacher = teacher and teacher.cast()
 
     def loss_and_gradient(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         kl, loss, gradient = logits.new_zeros(()), logits.new_zeros(()), None
@@ -1569,17 +1523,17 @@ def distillation_loss(
         if teacher is not None:
             logprobs = log_softmax_with_temperature(logits, t)
             del logits
-            teacher_logprobs = log_softmax_with_temperature(teacher.logits(teacher_hidden[rows]), t)
-            values, slope = divergence(logprobs, teacher_logprobs, objective)
+            values, slope = divergence(
+                logprobs, log_softmax_with_temperature(teacher[rows], t), objective
+            )
             kl = values.sum()
             loss = loss + t**2 * kl
             slope.mul_(t)  # T² from the loss, 1/T from logits / T
             gradient = slope if gradient is None else gradient.add_(slope)
         return torch.stack([loss, kl]), gradient
 
-    rows = chunks(len(targets), len(student.weight), student_hidden.device)
-    pieces = list(zip(rows, rows, strict=True))
-    return chunked_loss(student_hidden, student, pieces, loss_and_gradient)
+    pieces = [(rows, rows) for rows in student.chunks()]
+    return chunked_loss(student, pieces, loss_and_gradient)
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -1622,7 +1576,8 @@ class Evaluator:
             teacher.complete(prompts, args, temperature=t, purpose=f"{kind} evaluation answers")
             for t, kind in ((0.0, "greedy"), (1.0, "sampled"))
         )
-        self.args, self.pair, self.samples = args, pair, samples
+        self.args, self.student, self.samples = args, pair.student, samples
+        self.comparable = pair.same_vocabulary
         self.references = [
             p.conversation.references or [c.text] for p, c in zip(prompts, greedy, strict=True)
         ]
@@ -1635,31 +1590,28 @@ class Evaluator:
         tallies = {e.index: self._answer_tally(e.index, greedy[e.index]) for e in self.examples}
         if pair.has_weights:
             states = TeacherHiddenStates(teacher, examples, "evaluation text")
-            self.teacher_head = teacher.head()
-            self.teacher_hidden = [states(batch).cpu() for batch in self.batches]
-            for i, hidden in enumerate(self.teacher_hidden):
-                self._add_likelihoods(tallies, i, teacher, hidden.to(teacher.device))
+            head = teacher.head()
+            self.teacher_logits = [Logits(states(batch).cpu(), head) for batch in self.batches]
+            for i in range(len(self.batches)):
+                self._add_likelihoods(tallies, i, teacher)
         self.teacher_tallies = gathered(tallies)
 
-    def __call__(self, student: LanguageModel, show: int = 0) -> list[Tally]:
+    def __call__(self, show: int = 0) -> list[Tally]:
         """One tally per evaluation prompt, on every process; prints `show` answers."""
-        answers = generate(
-            student, [e.prompt.student for e in self.examples], [0] * len(self.examples),
-            max_new_tokens=self.args.max_new_tokens, temperature=0.0,
-            batch_size=self.args.generation_batch_size,
-        )  # fmt: skip
+        student, prompts = self.student, [e.prompt.student for e in self.examples]
+        answers = generate(student, prompts, [0] * len(prompts), self.args, temperature=0.0)
         tallies = {}
         for place, answer in answers:
             i = self.examples[place].index
             tallies[i] = self._answer_tally(i, answer)
             if i < show:
-                question = student.tokenizer.decode(self.examples[place].prompt.student)
+                question = student.tokenizer.decode(prompts[place])
                 line = f"  {question!r}\n    {answer.text!r}  (of {self.references[i]})"
                 PartialState().print(line)
         with student.evaluating():
             for i, batch in enumerate(self.batches):
                 inputs = collate([e.student for e in batch], student.device)
-                self._add_likelihoods(tallies, i, student, student.hidden_states(inputs))
+                self._add_likelihoods(tallies, i, student, student.logits(inputs))
         return gathered(tallies)
 
     def _answer_tally(self, i: int, answer: Completion) -> Tally:
@@ -1672,15 +1624,17 @@ class Evaluator:
         return tally | {"response_tokens": answer.length, "cut_off": not answer.finished}
 
     def _add_likelihoods(
-        self, tallies: dict[int, Tally], i: int, model: LanguageModel, hidden: Tensor
+        self, tallies: dict[int, Tally], i: int, model: LanguageModel, logits: Logits | None = None
     ) -> None:
-        """What the model thinks of batch `i` of the teacher's samples, from its hidden states."""
-        batch, theirs = self.batches[i], ()
-        if self.pair.same_vocabulary:
-            theirs = self.teacher_hidden[i].to(model.device), self.teacher_head
-        sides = [e.teacher if model is self.pair.teacher else e.student for e in batch]
+        """What the model thinks of batch `i` of the teacher's samples; the teacher by default."""
+        batch, theirs = self.batches[i], None
+        if logits is None or self.comparable:
+            theirs = self.teacher_logits[i]._replace(
+                hidden=self.teacher_logits[i].hidden.to(model.device)
+            )
+        sides = [e.student if model is self.student else e.teacher for e in batch]
         targets = collate(sides, model.device).targets
-        values = compare(hidden, model.head(), targets, *theirs)
+        values = compare(logits or theirs, targets, theirs if self.comparable else None)
         counts = [len(side.targets) for side in sides]
         parts = {name: v.float().cpu().split(counts) for name, v in values.items()}
         logprobs = parts.pop("logprob")
@@ -1696,26 +1650,18 @@ class Evaluator:
 
 
 @torch.no_grad()
-def compare(
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    teacher_hidden: Tensor | None = None,
-    teacher: Head | None = None,
-) -> dict[str, Tensor]:
+def compare(student: Logits, targets: Tensor, teacher: Logits | None = None) -> dict[str, Tensor]:
     """What evaluation needs of a model at N targets, chunk by chunk, each (N,) and at T = 1.
 
-    `logprob` of the target; with the teacher's hidden states and head also `kl`, KL(teacher ‖
-    student) in nats, and `agree`, 1 if both have the same most likely token.
+    `logprob` of the target; with a teacher also `kl`, KL(teacher ‖ student) in nats, and `agree`, 1
+    if both have the same most likely token.
     """
-    head = head.cast(hidden.dtype, hidden.device)
-    teacher = teacher and teacher.cast(teacher_hidden.dtype, hidden.device)
-    parts = []
-    for rows in chunks(len(targets), len(head.weight), hidden.device):
-        logprobs = log_softmax_with_temperature(head.logits(hidden[rows]))
+    student, teacher, parts = student.cast(), teacher and teacher.cast(), []
+    for rows in student.chunks():
+        logprobs = log_softmax_with_temperature(student[rows])
         values = {"logprob": logprobs.gather(1, targets[rows, None])[:, 0]}
         if teacher is not None:
-            theirs = log_softmax_with_temperature(teacher.logits(teacher_hidden[rows]))
+            theirs = log_softmax_with_temperature(teacher[rows])
             values["agree"] = (logprobs.argmax(-1) == theirs.argmax(-1)).float()
             values["kl"], _ = divergence(logprobs, theirs, Objective())  # overwrites both
         parts.append(values)
@@ -1850,16 +1796,11 @@ class Run:
     """A run's directory and progress: what was asked, what was measured, what came out."""
 
     def __init__(
-        self,
-        script: str,
-        args: CommonArguments,
-        accelerator: Accelerator,
-        evaluator: Evaluator,
-        student: LanguageModel,
+        self, script: str, args: CommonArguments, accelerator: Accelerator, evaluator: Evaluator
     ) -> None:
         """Claim the directory, or find the checkpoint to continue, and score the student."""
         self.script, self.args, self.accelerator = script, args, accelerator
-        self.evaluator, self.student = evaluator, student
+        self.evaluator, self.student = evaluator, evaluator.student
         self.pending: list[tuple[int, dict[str, Any], list[list[Example]]]] = []
         self.clock, self.tokens = time.perf_counter(), 0  # since metrics were written
         self.signal = 0  # the signal that asked this process to stop
@@ -1871,7 +1812,8 @@ class Run:
             print(f"run directory: {self.directory}")
         self.directory = broadcast_object_list([self.directory])[0]
         self.checkpoint = next(reversed(self._checkpoints()), None)
-        self.state = {"step": 0, "lines": 0, "seconds": 0.0}  # kept beside weights and optimizer
+        # What a checkpoint holds beside weights, optimizer and random state.
+        self.state = {"step": 0, "lines": 0, "seconds": 0.0, "before": None}
         if self.checkpoint is not None:
             with self._corrupt():
                 self.state = json.loads((self.checkpoint / "state.json").read_text())
@@ -1883,7 +1825,9 @@ class Run:
             accelerator.project_configuration.set_directories(str(self.directory))
             config = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()}
             accelerator.init_trackers(script, config)
-        self.before = self._evaluate_before()
+        if self.state["before"] is None:
+            self.state["before"] = evaluator()
+            self._write_scores(0, self.state["before"])
 
     def _claim(self) -> Path:
         """Create the directory in a way that no run side by side gets the same."""
@@ -1919,20 +1863,6 @@ class Run:
         if metrics.exists():
             lines = metrics.read_bytes().splitlines(keepends=True)[: self.state["lines"]]
             metrics.write_bytes(b"".join(lines))
-
-    def _evaluate_before(self) -> list[Tally]:
-        """The evaluation of the untrained student, which a resumed run does not repeat."""
-        path = self.directory / "checkpoints" / "before.json"
-        if path.exists():
-            with usage_error(f"{path} is corrupt, delete {self.directory}", ValueError):
-                tallies = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            tallies = self.evaluator(self.student)
-            if self.accelerator.is_main_process:
-                write_json(path, tallies)
-        if self.checkpoint is None:
-            self._write_scores(0, tallies)
-        return tallies
 
     def resume(self, steps: int) -> int:
         """Load the newest checkpoint, if any, into what accelerate has prepared; the first step.
@@ -1989,9 +1919,10 @@ class Run:
             numbers = {name: float(value) for name, value in values.items()}
             if not all(map(math.isfinite, numbers.values())):
                 sources = [e.prompt.conversation.source for part in examples for e in part]
-                named = f"{', '.join(sources[:3])} and {max(0, len(sources) - 3)} more"
-                message = f"loss or gradient is not finite at step {step}: {numbers}; examples: "
-                raise UsageError(message + named, exit_code=1)
+                sys.exit(
+                    f"error: loss or gradient is not finite at step {step}: {numbers}; its "
+                    f"examples: {', '.join(sources[:3])} and {max(0, len(sources) - 3)} more"
+                )
             loss = f"{numbers['train/loss']:.4f}"
             self.bar.set_postfix(loss=loss, tokens_per_second=f"{speed:.0f}", refresh=False)
             self._write({"step": step, **numbers, "speed/tokens_per_second": speed})
@@ -2009,17 +1940,12 @@ class Run:
         self._write({"step": step} | {f"eval/{k}": v for k, v in scores(tallies).items()})
         self.clock = time.perf_counter()  # evaluation is not training time
 
-    def say(self, *lines: str) -> None:
-        """Print lines above the progress bar."""
-        for line in lines if self.accelerator.is_main_process else ():
-            self.bar.write(line)
-
     def evaluate(self, step: int) -> None:
         """Score the student while it trains, if that is due at this step."""
         every = self.args.eval_steps
         if every and step % every == 0 and step < self.steps:
             self.flush()
-            self._write_scores(step, self.evaluator(self.student))
+            self._write_scores(step, self.evaluator())
 
     def save(self, step: int) -> None:
         """Write a checkpoint if one is due, and end the run if a signal asked for it."""
@@ -2040,7 +1966,7 @@ class Run:
             place = shlex.join(["--output-dir", str(self.directory), "--resume"])
             command = " ".join(filter(None, ["python", f"{self.script}.py", flags, place]))
             self.accelerator.print(f"stopped after step {step}; to continue: {command}")
-            self.accelerator.end_training()
+            self._close_trackers()
             sys.exit(128 + stop)
 
     def _write_checkpoint(self, step: int) -> None:
@@ -2063,14 +1989,15 @@ class Run:
 
     def finish(self, **more: Any) -> None:
         """Score the student; write final/, results.json and curves.png; print the table."""
-        after, evaluator = self.evaluator(self.student, show=3), self.evaluator
+        after, evaluator = self.evaluator(show=3), self.evaluator
+        before, teacher = self.state["before"], evaluator.teacher_tallies
         self._write_scores(self.steps, after)
         packages = ("torch", "transformers", "datasets", "accelerate")
         results = {
-            "teacher": scores(evaluator.teacher_tallies),
-            "before": scores(self.before),
+            "teacher": scores(teacher),
+            "before": scores(before),
             "after": scores(after),
-            "gap_recovered": gap_recovered(self.before, after, evaluator.teacher_tallies),
+            "gap_recovered": gap_recovered(before, after, teacher),
             "evaluation": {"rows": len(after), "unreferenced_rows": evaluator.unreferenced},
             **more,
             "seconds": self._seconds(),
@@ -2088,7 +2015,12 @@ class Run:
                     "there exact_match and error_rate compare with the teacher's greedy answer"
                 )
             print(f"student: {self.directory / 'final'}")
-        self.accelerator.end_training()  # closes the tracker and waits for all processes
+        self._close_trackers()
+        self.accelerator.wait_for_everyone()  # a process that exits can abort those that talk to it
+
+    def _close_trackers(self) -> None:
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def _model_card(self, table: str) -> str:
         flags = command_line(self.args, {"output_dir", "cache_dir", "overwrite", "resume"})
@@ -2133,16 +2065,10 @@ def format_table(rows: list[list[str | float | None]]) -> str:
         ["–" if c is None else c if isinstance(c, str) else f"{c:.4f}" for c in r] for r in rows
     ]
     widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
-    lines = [
-        row[0].ljust(widths[0])
-        + "".join(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))
-        for row in cells
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
+    parts = [[row[0].ljust(widths[0])] for row in cells]
+    for line, row in zip(parts, cells, strict=True):
+        line += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+    return "\n".join("".join(line).rstrip() for line in parts)
 
 
 def results_table(results: dict[str, Any]) -> str:
@@ -2150,8 +2076,9 @@ def results_table(results: dict[str, Any]) -> str:
     columns = ("teacher", "before", "after")
     rows: list[list[Any]] = [["", *columns, "gap recovered"]]
     for name in results["after"]:
-        gap = percent(results["gap_recovered"].get(name))
-        rows.append([name, *(results[column].get(name) for column in columns), gap])
+        gap = results["gap_recovered"].get(name)
+        share = "" if gap is None else f"{gap:.1%}"
+        rows.append([name, *(results[column].get(name) for column in columns), share])
     return format_table(rows)
 
 
@@ -2187,14 +2114,15 @@ def compare_runs(paths: Iterable[str]) -> None:
     """`python common.py runs/*`: the scores of finished runs in one table and one picture."""
     runs = [Path(p) for p in paths if (Path(p) / "results.json").is_file()]
     if not runs:
-        exit_with("no finished run (a directory with a results.json) among the arguments")
+        sys.exit("error: no finished run (a directory with a results.json) among the arguments")
     columns = ("kl_to_teacher", "top1_agreement", "exact_match", "error_rate", "bits_per_byte")
     rows: list[list[Any]] = [["after training", *columns, "gap (exact)", "seconds"]]
     for path in runs:
         results = json.loads((path / "results.json").read_text(encoding="utf-8"))
-        gap = percent(results["gap_recovered"].get("exact_match"))
+        gap = results["gap_recovered"].get("exact_match")
+        share = "–" if gap is None else f"{gap:.1%}"
         scored = [results["after"].get(name) for name in columns]
-        rows.append([path.name, *scored, gap, f"{results['seconds']:.0f}"])
+        rows.append([path.name, *scored, share, f"{results['seconds']:.0f}"])
     print(format_table(rows))
     picture = runs[0].parent / "comparison.png"
     draw_curves(runs, picture)

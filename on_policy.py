@@ -26,7 +26,7 @@ text only, because on the student's own samples its expected gradient is zero.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,17 +39,7 @@ from torch import Tensor, nn
 
 import common
 import token_level
-from common import (
-    Batch,
-    Completion,
-    Example,
-    Head,
-    LanguageModel,
-    Objective,
-    Prompt,
-    UsageError,
-    flag,
-)
+from common import Batch, Completion, Example, Head, LanguageModel, Logits, Objective, flag
 
 
 @dataclass
@@ -71,19 +61,19 @@ class Arguments(token_level.Arguments):
         """The divergence and its weights; `UsageError` for flags that contradict each other."""
         objective = super().objective()
         if self.mix > 1:
-            raise UsageError(f"--mix is a share of steps, so at most 1, not {self.mix}")
+            raise common.UsageError(f"--mix is a share of steps, so at most 1, not {self.mix}")
         if self.rollout_steps == 0:
-            raise UsageError("--rollout-steps must be 1 or more")
+            raise common.UsageError("--rollout-steps must be 1 or more")
         if self.ce_weight and not self.reads_teacher_text:
-            raise UsageError("--ce-weight is for the teacher's text, and --mix 1 has none")
+            raise common.UsageError("--ce-weight is for the teacher's text, and --mix 1 has none")
         unused = {"estimator", "rollout_temperature", "rollout_steps", "mix_warmup_steps"}
         if self.mix == 0 and (given := sorted(unused & common.changed_flags(self).keys())):
             name = common.as_flag(given[0])
-            raise UsageError(f"{name} is for steps on own text, and --mix 0 has none")
+            raise common.UsageError(f"{name} is for steps on own text, and --mix 0 has none")
         required = {"kl": "reverse", "skew": 0, "temperature": 1, "rollout_temperature": 1}
         for name, value in (required | {"rollout_steps": 1}).items():
             if self.estimator == "sampled" and getattr(self, name) != value:
-                raise UsageError(
+                raise common.UsageError(
                     "--estimator sampled takes the sampled token for a draw from the student's "
                     f"present distribution in KL(student ‖ teacher): {common.as_flag(name)} "
                     f"must be {value}, not {getattr(self, name)}"
@@ -122,56 +112,51 @@ class OnPolicyLoss(nn.Module):
         teacher's entropies over some targets, and the number of these. `teacher_hidden` (N, d) are
         the teacher's hidden states at the same targets.
         """
-        hidden, head = self.student.hidden_states(batch), self.student.head()
-        inputs = (hidden, head, batch.targets)
-        theirs = (teacher_hidden, self.teacher_head)
-        if on_policy and self.estimator == "sampled":
-            loss, sums = sampled_loss(*inputs, *theirs)
+        student, teacher = self.student.logits(batch), Logits(teacher_hidden, self.teacher_head)
+        if not on_policy:
+            loss, sums = common.distillation_loss(student, batch.targets, self.objective, teacher)
+            return loss, torch.cat([sums, sums.new_zeros(3)])
+        if self.estimator == "sampled":
+            loss, sums = sampled_loss(student, batch.targets, teacher)
         else:
-            objective = self.objective._replace(ce_weight=0.0) if on_policy else self.objective
-            loss, sums = common.distillation_loss(*inputs, objective, *theirs)
-        extra = (
-            entropies(hidden.detach(), head, *theirs).to(sums) if on_policy else sums.new_zeros(3)
-        )
-        return loss, torch.cat([sums, extra])
+            objective = self.objective._replace(ce_weight=0.0)
+            loss, sums = common.distillation_loss(student, batch.targets, objective, teacher)
+        return loss, torch.cat([sums, entropies(student, teacher).to(sums)])
 
 
-def sampled_loss(
-    hidden: Tensor, head: Head, targets: Tensor, teacher_hidden: Tensor, teacher: Head
-) -> tuple[Tensor, Tensor]:
+def sampled_loss(student: Logits, targets: Tensor, teacher: Logits) -> tuple[Tensor, Tensor]:
     """KL(student ‖ teacher), estimated at each target y by log student(y) − log teacher(y).
 
     Its gradient is that of −[log teacher(y) − log student(y)] · log student(y) with the bracket
     held constant: in expectation over y from the student, the gradient of the KL at that position.
     Differentiating the log-ratio itself would give an expected gradient of zero.
     """
-    teacher = teacher.cast(teacher_hidden.dtype, teacher_hidden.device)
+    teacher = teacher.cast()
 
     def loss_and_gradient(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         target = targets[rows, None]
         logprobs = common.log_softmax_with_temperature(logits)
-        theirs = common.log_softmax_with_temperature(teacher.logits(teacher_hidden[rows]))
+        theirs = common.log_softmax_with_temperature(teacher[rows])
         ratio = logprobs.gather(1, target) - theirs.gather(1, target)  # (n, 1)
         gradient = (logprobs.exp() * -ratio).scatter_add(1, target, ratio)
         return ratio.sum().expand(2), gradient
 
-    rows = common.chunks(len(targets), len(head.weight), hidden.device)
-    return common.chunked_loss(hidden, head, list(zip(rows, rows, strict=True)), loss_and_gradient)
+    pieces = [(rows, rows) for rows in student.chunks()]
+    return common.chunked_loss(student, pieces, loss_and_gradient)
 
 
 @torch.no_grad()
-def entropies(hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher: Head) -> Tensor:
+def entropies(student: Logits, teacher: Logits) -> Tensor:
     """Sums of the student's and the teacher's entropy in nats, and their number of tokens: (3,).
 
     They are taken over evenly spread tokens, at most one chunk of the loss, so that the cost does
     not grow with the batch.
     """
-    every = max(1, len(common.chunks(len(hidden), len(head.weight), hidden.device)))
-    sums = []
-    for chosen, output in ((hidden[::every], head), (teacher_hidden[::every], teacher)):
-        logprobs = common.log_softmax_with_temperature(output.logits(chosen))
+    chosen, sums = slice(None, None, max(1, len(student.chunks()))), []
+    for logits in (student, teacher):
+        logprobs = common.log_softmax_with_temperature(logits[chosen])
         sums.append(-(logprobs.exp() * logprobs).sum())
-    return torch.stack([*sums, sums[0].new_tensor(len(hidden[::every]))])
+    return torch.stack([*sums, sums[0].new_tensor(len(student.hidden[chosen]))])
 
 
 class Rollouts:
@@ -184,7 +169,7 @@ class Rollouts:
     """
 
     def __init__(
-        self, pair: common.Pair, prompts: list[Prompt], args: Arguments, steps: int,
+        self, pair: common.Pair, prompts: list[common.Prompt], args: Arguments, steps: int,
         accelerator: Accelerator,
     ) -> None:  # fmt: skip
         self.pair, self.prompts, self.args, self.steps = pair, prompts, args, steps
@@ -207,20 +192,17 @@ class Rollouts:
         }
 
     def _sample(self, step: int) -> None:
-        args, accelerator = self.args, self.accelerator
+        args = self.args
         coming = (s for s in range(step, self.steps) if args.on_policy(s))
         places = [
             (s, row, prompt.student)
             for s in itertools.islice(coming, args.rollout_steps)
             for row, prompt in enumerate(common.global_batch(self.prompts, args, s))
         ]
-        mine = places[accelerator.process_index :: accelerator.num_processes]
-        written = common.generate(
-            self.pair.student, [ids for *_, ids in mine],
-            [common.row_seed(args.seed, "rollout", s, row) for s, row, _ in mine],
-            max_new_tokens=args.max_new_tokens, temperature=args.rollout_temperature,
-            batch_size=args.generation_batch_size,
-        )  # fmt: skip
+        mine = common.my_share(places)
+        prompts = [ids for *_, ids in mine]
+        seeds = [common.row_seed(args.seed, "rollout", s, row) for s, row, _ in mine]
+        written = common.generate(self.pair.student, prompts, seeds, args, args.rollout_temperature)
         answers = dict(gather_object([(mine[place][:2], answer) for place, answer in written]))
         for s, row, _ in places:
             self.waiting.setdefault(s, (step, []))[1].append(answers[s, row])
@@ -251,19 +233,18 @@ class RolloutMonitor:
 
     def __init__(self, student: LanguageModel, teacher_length: float, args: Arguments) -> None:
         self.student, self.teacher_length, self.args = student, teacher_length, args
-        self.lengths: list[float] = []
-        self.entropies: list[Tensor] = []  # (2,) student's and teacher's
+        self.measured: list[Tensor] = []  # length, student's and teacher's entropy since logging
         self.shown = -1  # the last step whose text was printed
         self.warned: set[str] = set()
 
-    def note(
-        self, length: float, student: Tensor, teacher: Tensor, tokens: Tensor
-    ) -> dict[str, Any]:
-        """Record a step's mean length and sums of entropy; the mean entropies, to be logged."""
-        mean = torch.stack([student, teacher]) / tokens.clamp_min(1e-9)
-        self.lengths.append(length)
-        self.entropies.append(mean)
-        return {"rollout/entropy": mean[0], "rollout/teacher_entropy": mean[1]}
+    def note(self, length: float, entropy: Sequence[Tensor]) -> dict[str, Any]:
+        """Record a step's mean length and its sums (student, teacher, tokens) of entropy.
+
+        Returns the mean entropies, to be logged.
+        """
+        student, teacher = (total / entropy[2].clamp_min(1e-9) for total in entropy[:2])
+        self.measured.append(torch.stack([torch.full_like(student, length), student, teacher]))
+        return {"rollout/entropy": student, "rollout/teacher_entropy": teacher}
 
     def samples(self, step: int, examples: list[Example]) -> Iterable[str]:
         """Two answers, about every --eval-steps steps."""
@@ -277,12 +258,10 @@ class RolloutMonitor:
 
     def warnings(self, step: int) -> Iterable[str]:
         """What is wrong, at logging steps; each warning once until the matter is right again."""
-        if not self.lengths or (step + 1) % self.args.logging_steps:
+        if not self.measured or (step + 1) % self.args.logging_steps:
             return
-        length = sum(self.lengths) / len(self.lengths)
-        student, teacher = torch.stack(self.entropies).mean(0).tolist()
-        self.lengths, self.entropies = [], []
-        problems = {}
+        length, student, teacher = torch.stack(self.measured).mean(0).tolist()
+        self.measured, problems = [], {}
         if length > 2 * self.teacher_length:
             problems["length"] = (
                 f"the student's answers have {length:.0f} tokens, the teacher's greedy answers "
@@ -293,11 +272,11 @@ class RolloutMonitor:
                 f"the student's entropy on its own text is {student:.3f} nats a token, the "
                 f"teacher's {teacher:.3f}"
             )
+        advice = (
+            "a lower --mix, --mix-warmup-steps or a student trained on the teacher's text helps"
+        )
         for name in problems.keys() - self.warned:
-            yield (
-                f"warning: step {step + 1}: {problems[name]}; a lower --mix, --mix-warmup-steps or "
-                "a student that was trained on the teacher's text first may help"
-            )
+            yield f"warning: step {step + 1}: {problems[name]}; {advice}"
         self.warned = set(problems)
 
 
@@ -309,33 +288,28 @@ class Evaluator(common.Evaluator):
     text: above 1 if the student follows its teacher less well after its own words.
     """
 
-    def __init__(self, prompts: list[Prompt], pair: common.Pair, args: Arguments) -> None:
+    def __init__(self, prompts: list[common.Prompt], pair: common.Pair, args: Arguments) -> None:
         super().__init__(prompts, pair, args)
         self.pair = pair
 
-    def __call__(self, student: LanguageModel, show: int = 0) -> list[common.Tally]:
-        tallies = super().__call__(student, show)
-        own = common.gathered(self._own_text(student))
+    def __call__(self, show: int = 0) -> list[common.Tally]:
+        tallies = super().__call__(show)
+        own = common.gathered(self._own_text())
         return [tally | more for tally, more in zip(tallies, own, strict=True)]
 
-    def _own_text(self, student: LanguageModel) -> dict[int, common.Tally]:
-        args, teacher = self.args, self.pair.teacher
+    def _own_text(self) -> dict[int, common.Tally]:
+        args, student, teacher = self.args, *self.pair
         prompts = [e.prompt for e in self.examples]
-        written = common.generate(
-            student, [p.student for p in prompts],
-            [common.row_seed(args.seed, "own text", e.index) for e in self.examples],
-            max_new_tokens=args.max_new_tokens, temperature=1.0,
-            batch_size=args.generation_batch_size,
-        )  # fmt: skip
+        seeds = [common.row_seed(args.seed, "own text", e.index) for e in self.examples]
+        written = common.generate(student, [p.student for p in prompts], seeds, args, 1.0)
         answers = [answer for _, answer in sorted(written)]
         examples = common.completion_examples(prompts, answers, self.pair, args.max_length)
         tallies = {}
         for batch in common.length_batches(examples, lambda e: len(e.teacher.ids)):
             inputs = common.collate([e.student for e in batch], student.device)
+            theirs = Logits(common.teacher_hidden_states(teacher, batch), teacher.head())
             with student.evaluating():
-                hidden = student.hidden_states(inputs)
-            theirs = common.teacher_hidden_states(teacher, batch)
-            values = common.compare(hidden, student.head(), inputs.targets, theirs, teacher.head())
+                values = common.compare(student.logits(inputs), inputs.targets, theirs)
             parts = values["kl"].float().cpu().split([len(e.student.targets) for e in batch])
             for example, part in zip(batch, parts, strict=True):
                 index = self.examples[example.index].index
@@ -355,7 +329,7 @@ def main(args: Arguments) -> None:
     examples = common.make_examples(prompts, pair, args) if args.reads_teacher_text else []
     evaluator = Evaluator(evaluation, pair, args)
     teacher_hidden = common.TeacherHiddenStates(teacher, examples, "training text")
-    run = common.Run("on_policy", args, accelerator, evaluator, student)
+    run = common.Run("on_policy", args, accelerator, evaluator)
 
     module = OnPolicyLoss(student, teacher.head(), objective, args.estimator)
     module, optimizer = accelerator.prepare(module, common.make_optimizer(module, args))
@@ -367,7 +341,8 @@ def main(args: Arguments) -> None:
         run.begin(step, optimizer)
         if on_policy := args.on_policy(step):
             batch, extra = rollouts(step)
-            run.say(*monitor.samples(step, batch))
+            for line in monitor.samples(step, batch):
+                accelerator.print(line)
         else:
             batch, extra = common.global_batch(examples, args, step), {}
         micro_batches, tokens = common.split_micro_batches(batch, args)
@@ -387,12 +362,13 @@ def main(args: Arguments) -> None:
 
         loss, kl, *entropy = accelerator.reduce(sums / tokens)
         if on_policy:
-            extra |= monitor.note(extra["rollout/response_tokens"], *entropy)
+            extra |= monitor.note(extra["rollout/response_tokens"], entropy)
         lr = optimizer.param_groups[0]["lr"]
         numbers = {"train/loss": loss, "train/kl": kl, "optim/lr": lr, "optim/grad_norm": norm}
         numbers[f"train/kl_on_{'own' if on_policy else 'teacher'}_text"] = kl
         run.log(step + 1, tokens, numbers | extra, micro_batches)
-        run.say(*monitor.warnings(step))
+        for line in monitor.warnings(step):
+            accelerator.print(line)
         run.evaluate(step + 1)
         run.save(step + 1)
     run.finish()

@@ -38,20 +38,9 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 import common
-from common import (
-    Batch,
-    CommonArguments,
-    Completion,
-    Conversation,
-    Example,
-    LanguageModel,
-    Objective,
-    Prompt,
-    UsageError,
-    flag,
-)
+from common import Batch, CommonArguments, Completion, Example, LanguageModel, UsageError, flag
 
-OBJECTIVE = Objective(ce_weight=1.0)
+OBJECTIVE = common.Objective(ce_weight=1.0)
 KEY = "OPENAI_API_KEY"
 ATTEMPTS = 10  # for one answer
 
@@ -87,7 +76,7 @@ class Arguments(CommonArguments):
         changed = common.changed_flags(self)
         if self.samples_per_prompt < 1 or self.api_concurrency < 1 or self.api_timeout <= 0:
             raise UsageError(
-                "--samples-per-prompt and --api-concurrency must be 1 or more, --api-timeout above 0"
+                "--samples-per-prompt, --api-concurrency and --api-timeout must be above 0"
             )
         if self.samples_per_prompt > 1 and self.sampling_temperature == 0:
             raise UsageError(
@@ -133,8 +122,8 @@ class SequenceLevelLoss(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross-entropy summed over the batch's N targets, differentiable and detached."""
-        hidden, head = self.student.hidden_states(batch), self.student.head()
-        loss, sums = common.distillation_loss(hidden, head, batch.targets, OBJECTIVE)
+        logits = self.student.logits(batch)
+        loss, sums = common.distillation_loss(logits, batch.targets, OBJECTIVE)
         return loss, sums[0]
 
 
@@ -142,7 +131,10 @@ class SequenceLevelLoss(nn.Module):
 
 
 def training_text(
-    train: list[Conversation], prompts: list[Prompt], pair: common.Pair, args: Arguments
+    train: list[common.Conversation],
+    prompts: list[common.Prompt],
+    pair: common.Pair,
+    args: Arguments,
 ) -> tuple[list[Example], dict[str, int]]:
     """What --completions names: the teacher's text, of which some is selected, or the data set's.
 
@@ -243,7 +235,7 @@ class ApiTeacher:
         self.takes_seed = True
 
     def complete(
-        self, prompts: Sequence[Prompt], args: Arguments, **sampling: Any
+        self, prompts: Sequence[common.Prompt], args: Arguments, **sampling: Any
     ) -> list[Completion]:
         """Answers to the prompts' conversations, from the cache if they are there.
 
@@ -369,8 +361,8 @@ class ApiTeacher:
         if (status < 500 and status not in {408, 409, 429}) or problem.code == "insufficient_quota":
             raise UsageError(f"{self.base_url} refuses the request: {reason}") from None
         raise UsageError(
-            f"{self.base_url} does not recover: {reason}; start the same command later, the answers "
-            "until now are kept"
+            f"{self.base_url} does not recover: {reason}; start the same command later, what it "
+            "wrote until now is kept"
         ) from None
 
     def _scrubbed(self, problem: BaseException | None) -> str:
@@ -394,7 +386,7 @@ def main(args: Arguments) -> None:
     examples, selection = training_text(train, prompts, pair, args)
     evaluator = common.Evaluator(evaluation, pair, args)
     del pair  # training needs nothing more of the teacher
-    run = common.Run("sequence_level", args, accelerator, evaluator, student)
+    run = common.Run("sequence_level", args, accelerator, evaluator)
     if accelerator.is_main_process and selection:
         write_completions(run.directory / "completions.jsonl", examples)
 

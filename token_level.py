@@ -28,7 +28,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 import common
-from common import Batch, CommonArguments, Head, LanguageModel, Objective, UsageError, flag
+from common import Batch, CommonArguments, Head, LanguageModel, Logits, Objective, flag
 
 
 @dataclass
@@ -45,13 +45,13 @@ class Arguments(CommonArguments):
     def objective(self) -> Objective:
         """The divergence and its weights; `UsageError` for values where it degenerates."""
         if not 0 < self.jsd_beta < 1:
-            raise UsageError(
+            raise common.UsageError(
                 "--jsd-beta must lie inside (0, 1): its ends are --kl forward and reverse"
             )
         if not 0 <= self.skew < 1:
-            raise UsageError("--skew must lie in [0, 1)")
+            raise common.UsageError("--skew must lie in [0, 1)")
         if self.skew and self.kl == "jsd":
-            raise UsageError("--skew applies to --kl forward and reverse, not to jsd")
+            raise common.UsageError("--skew applies to --kl forward and reverse, not to jsd")
         return Objective(self.kl, self.jsd_beta, self.skew, self.temperature, self.ce_weight)
 
 
@@ -68,9 +68,9 @@ class TokenLevelLoss(nn.Module):
 
         `teacher_hidden` (N, d) are the teacher's hidden states at the same targets.
         """
-        hidden, head = self.student.hidden_states(batch), self.student.head()
+        teacher = Logits(teacher_hidden, self.teacher_head)
         return common.distillation_loss(
-            hidden, head, batch.targets, self.objective, teacher_hidden, self.teacher_head
+            self.student.logits(batch), batch.targets, self.objective, teacher
         )
 
 
@@ -88,7 +88,7 @@ def main(args: Arguments) -> None:
     teacher_hidden = common.TeacherHiddenStates(teacher, examples, "training text")
     if args.cache_teacher:
         teacher.unload()  # its head and hidden states are all that training needs
-    run = common.Run("token_level", args, accelerator, evaluator, student)
+    run = common.Run("token_level", args, accelerator, evaluator)
 
     module = TokenLevelLoss(student, teacher.head(), objective)
     module, optimizer = accelerator.prepare(module, common.make_optimizer(module, args))
