@@ -294,7 +294,7 @@ def load_conversations(
 
 
 def _read_text(source: str) -> str:
-    with usage_error(f"cannot read {source}", OSError, EOFError):
+    with usage_error(f"cannot read {source}", Exception):  # of file or gzip
         raw = Path(source).read_bytes()
         raw = gzip.decompress(raw) if source.endswith(".gz") else raw
     try:
@@ -467,7 +467,8 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     return F.linear(a.to(wide), b.to(wide))
 
 
-class Logits(NamedTuple):
+@dataclass(frozen=True)
+class Logits:
     """Logits (N, V) that are computed where they are indexed, `logits[rows]`, and never whole."""
 
     hidden: Tensor  # (N, d), at the positions that predict N targets
@@ -478,7 +479,7 @@ class Logits(NamedTuple):
 
     def cast(self) -> Logits:
         """With the head's weight converted once instead of at every index."""
-        return self._replace(head=self.head.cast(self.hidden.dtype, self.hidden.device))
+        return Logits(self.hidden, self.head.cast(self.hidden.dtype, self.hidden.device))
 
     def chunks(self) -> list[slice]:
         """Rows whose logits exist at one time; on a CPU those should stay near the caches."""
@@ -528,7 +529,8 @@ class LanguageModel:
 
     def head(self) -> Head:
         """The output layer without padding rows."""
-        layer = self.model.get_output_embeddings() if self.loaded else self.cached_head
+        use_cached = self.cached_head is not None and not self.loaded
+        layer = self.cached_head if use_cached else self.model.get_output_embeddings()
         weight, bias = layer.weight, getattr(layer, "bias", None)
         if len(weight) > self.vocabulary:
             weight = weight[: self.vocabulary]
@@ -1496,7 +1498,7 @@ def chunked_loss(
         The loss, a scalar in nats summed over tokens, differentiable in the student's hidden states
         and head; and both sums (2,), detached.
     """
-    hidden, head = student
+    hidden, head = student.hidden, student.head
     with torch.autocast(hidden.device.type, enabled=False):
         return _ChunkedLoss.apply(hidden, head.weight, head.bias, head, pieces, loss_and_gradient)
 
@@ -1629,9 +1631,8 @@ class Evaluator:
         """What the model thinks of batch `i` of the teacher's samples; the teacher by default."""
         batch, theirs = self.batches[i], None
         if logits is None or self.comparable:
-            theirs = self.teacher_logits[i]._replace(
-                hidden=self.teacher_logits[i].hidden.to(model.device)
-            )
+            theirs = self.teacher_logits[i]
+            theirs = Logits(theirs.hidden.to(model.device), theirs.head)
         sides = [e.student if model is self.student else e.teacher for e in batch]
         targets = collate(sides, model.device).targets
         values = compare(logits or theirs, targets, theirs if self.comparable else None)
