@@ -238,10 +238,7 @@ class RolloutMonitor:
         self.warned: set[str] = set()
 
     def note(self, length: float, entropy: Sequence[Tensor]) -> dict[str, Any]:
-        """Record a step's mean length and its sums (student, teacher, tokens) of entropy.
-
-        Returns the mean entropies, to be logged.
-        """
+        """Record length and sums of entropy (student, teacher, tokens); their means, to be logged."""
         student, teacher = (total / entropy[2].clamp_min(1e-9) for total in entropy[:2])
         self.measured.append(torch.stack([torch.full_like(student, length), student, teacher]))
         return {"rollout/entropy": student, "rollout/teacher_entropy": teacher}
@@ -262,21 +259,16 @@ class RolloutMonitor:
             return
         length, student, teacher = torch.stack(self.measured).mean(0).tolist()
         self.measured, problems = [], {}
-        if length > 2 * self.teacher_length:
-            problems["length"] = (
-                f"the student's answers have {length:.0f} tokens, the teacher's greedy answers "
-                f"{self.teacher_length:.0f}"
-            )
+        usual = self.teacher_length
+        if length > 2 * usual:
+            problems["length"] = f"answers have {length:.0f} tokens, the teacher's {usual:.0f}"
         if student < 0.2 * teacher:
             problems["entropy"] = (
-                f"the student's entropy on its own text is {student:.3f} nats a token, the "
-                f"teacher's {teacher:.3f}"
+                f"entropy is {student:.3f} nats a token, the teacher's {teacher:.3f}"
             )
-        advice = (
-            "a lower --mix, --mix-warmup-steps or a student trained on the teacher's text helps"
-        )
+        advice = "a lower --mix, or first training on the teacher's text, may help"
         for name in problems.keys() - self.warned:
-            yield f"warning: step {step + 1}: {problems[name]}; {advice}"
+            yield f"warning: step {step + 1}: the student's {problems[name]}; {advice}"
         self.warned = set(problems)
 
 
