@@ -1,13 +1,13 @@
-"""What to do next with a student that has learned from its teacher's text: four ways, compared.
+"""Four ways to continue from a student that has learned from its teacher's text, compared.
 
     python tests/bench/chain.py --student runs/sequence_level/final [--steps 200] [--seeds 3]
 
-Each way goes on from the same student for equally many steps with its script's own defaults:
-on-policy with reverse and with forward KL, token level, and more sequence level. Every end is
-scored on the same held-out words by the same code, on_policy.Evaluator, so that all have an
-exposure-bias ratio. Printed are mean and standard deviation over the seeds, which order the
-prompts and draw the text that is sampled. Further flags go to every run (--learning-rate 1e-3);
-a run that is finished is not run again.
+Each way trains the same student for the same number of steps with its script's own defaults:
+on-policy with reverse and with forward KL, token level, and more sequence level. All results are
+scored on the same held-out words by on_policy.Evaluator, so that all have an exposure-bias ratio.
+The bench prints mean and standard deviation over the seeds; a seed determines the order of the
+prompts and the sampled text. Further flags go to every run (--learning-rate 5e-4). Finished runs
+are not run again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402  (it lies in the repository's root and is not installed)
 import on_policy  # noqa: E402
 
-WAYS = {
+METHODS = {
     "on-policy, reverse KL": ["on_policy.py"],
     "on-policy, forward KL": ["on_policy.py", "--kl", "forward"],
     "token level": ["token_level.py"],
@@ -34,24 +34,21 @@ WAYS = {
 SCORES = ("exact_match", "error_rate", "kl_to_teacher", "kl_on_own_text", "exposure_bias")
 
 
-def train(way: str, seed: int, args: argparse.Namespace, more: list[str]) -> Path:
-    """A run's directory, where its student lies in final/."""
-    directory = args.output_dir / f"{way.replace(', ', '-').replace(' ', '-')}-{seed}"
+def train(method: str, seed: int, args: argparse.Namespace, more: list[str]) -> Path:
+    """The directory of a run, with its student in final/."""
+    directory = args.output_dir / f"{method.replace(', ', '-').replace(' ', '-')}-{seed}"
     if not (directory / "results.json").exists():
-        script, *flags = WAYS[way]
-        flags += [
-            "--student",
-            str(args.student),
-            "--seed",
-            str(seed),
-            "--cache-dir",
-            args.cache_dir,
-        ]
-        flags += ["--max-steps", str(args.steps), "--output-dir", str(directory), "--overwrite"]
-        flags += ["--eval-size", "100", "--eval-steps", "0", "--save-steps", "0", *more]
+        script, *command = METHODS[method]
+        flags = {
+            "--student": args.student, "--seed": seed, "--max-steps": args.steps,
+            "--eval-size": 100, "--eval-steps": 0, "--save-steps": 0,
+            "--cache-dir": args.cache_dir, "--output-dir": directory,
+        }  # fmt: skip
+        command += [str(word) for pair in flags.items() for word in pair]
         subprocess.run(
-            [sys.executable, str(ROOT / script), *flags], check=True, stdout=subprocess.DEVNULL
-        )
+            [sys.executable, str(ROOT / script), *command, "--overwrite", *more], check=True,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
     return directory
 
 
@@ -60,21 +57,21 @@ class Scorer:
 
     def __init__(self, args: argparse.Namespace) -> None:
         flags = {"eval_size": args.eval_size, "cache_dir": args.cache_dir}
-        self.flags = on_policy.Arguments(student=str(args.student), **flags)
-        accelerator = common.start("on_policy", self.flags)
-        _, held_out = common.load_data(self.flags)
-        student, teacher = common.load_pair(self.flags, accelerator.device)
-        prompts = common.encode_for_both(held_out, student, teacher, self.flags.max_length)
-        self.evaluator = on_policy.Evaluator(prompts, student, teacher, self.flags, accelerator)
+        self.arguments = on_policy.Arguments(student=str(args.student), **flags)
+        self.device = common.start("on_policy", self.arguments).device
+        _, held_out = common.load_data(self.arguments)
+        pair = common.load_pair(self.arguments, self.device)
+        prompts = common.tokenize_prompts(held_out, pair, self.arguments.max_length)
+        self.evaluator = on_policy.Evaluator(prompts, pair, self.arguments)
 
     def __call__(self, student: Path, directory: Path) -> common.Scores:
-        """Scores of a student, kept in `directory`."""
-        kept = directory / f"scores-of-{self.flags.eval_size}.json"
-        if not kept.exists():
-            self.flags.student = str(student)
-            model, _ = common.load_pair(self.flags, self.evaluator.accelerator.device)
-            common.write_json(kept, common.scores(self.evaluator(model)))
-        return json.loads(kept.read_text(encoding="utf-8"))
+        """Scores of the student in one directory, kept in the other."""
+        file = directory / f"scores-of-{self.arguments.eval_size}.json"
+        if not file.exists():
+            self.arguments.student = str(student)
+            model = common.load_student(self.arguments, self.device)
+            common.write_json(file, common.scores(self.evaluator(model)))
+        return json.loads(file.read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -89,22 +86,26 @@ def main() -> None:
     parser.add_argument("--cache-dir", default="runs/cache")
     args, more = parser.parse_known_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    runs = {(way, seed): train(way, seed, args, more) for seed in range(args.seeds) for way in WAYS}
+    runs = {
+        (method, seed): train(method, seed, args, more)
+        for seed in range(args.seeds)
+        for method in METHODS
+    }
 
     score = Scorer(args)
     print(f"{args.eval_size} words; {args.steps} steps from {args.student}, {args.seeds} seeds")
     print(f"{'':24}" + "".join(f"{name:>20}" for name in SCORES))
     start = score(args.student, args.output_dir)
     print(f"{'the start':24}" + "".join(f"{start[name]:>20.4f}" for name in SCORES))
-    for way in WAYS:
-        ends = [runs[way, seed] for seed in range(args.seeds)]
-        found = [score(end / "final", end) for end in ends]
+    for method in METHODS:
+        directories = [runs[method, seed] for seed in range(args.seeds)]
+        results = [score(directory / "final", directory) for directory in directories]
         cells = []
         for name in SCORES:
-            values = [f[name] for f in found]
+            values = [result[name] for result in results]
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.4f}{spread}")
-        print(f"{way:24}" + "".join(f"{cell:>20}" for cell in cells))
+        print(f"{method:24}" + "".join(f"{cell:>20}" for cell in cells))
 
 
 if __name__ == "__main__":

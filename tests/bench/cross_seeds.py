@@ -1,19 +1,19 @@
-"""What crossing tokenizers costs: five ways to learn from one teacher, seed by seed.
+"""What different tokenizers cost: five ways to learn from one teacher, over several seeds.
 
     python tests/bench/cross_seeds.py [--seeds 3] [--epochs 3] [--output-dir runs/cross-seeds]
 
-For each seed, the same teacher text and the same number of steps of the same size:
+For each seed, on the same text of the teacher and with the same number of steps of the same size:
 
-    hybrid      cross_tokenizer.py
-    uld         cross_tokenizer.py --loss uld (cross-entropy on the text beside it)
-    text alone  the same loop with cross-entropy on the same text and nothing else: sequence level
-    token level token_level.py from data/student: same size and labels, the teacher's tokenizer
-    at 3e-3     the same at the learning rate of cross_tokenizer.py, which is higher
+    hybrid       cross_tokenizer.py
+    uld          cross_tokenizer.py --loss uld (with cross-entropy on the text)
+    text alone   sequence_level.py on the same sampled text, same student and learning rate
+    token level  token_level.py from data/student: same size and labels, the teacher's tokenizer
+    at 3e-3      the same at the learning rate of cross_tokenizer.py, which is higher
 
-and then all of them on all the words of data/eval.jsonl, greedy. Recovered is (after − before) /
-(teacher − before), each student from its own start. The paired bootstrap draws words, the same
-for all students and seeds, 2000 times; its intervals hold 95 % of the draws. Runs that are
-finished are not run again, so that a cut call goes on with the same command.
+Then all students are scored on all the words of data/eval.jsonl, greedy. Recovered is (after −
+before) / (teacher − before), each student from its own start. The paired bootstrap draws words, the
+same for all students and seeds, 2000 times; its intervals hold 95 % of the draws. Finished runs are
+not run again, so an interrupted bench continues with the same command.
 """
 
 from __future__ import annotations
@@ -29,63 +29,48 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import common
-import cross_tokenizer
-
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402  (it lies in the repository's root and is not installed)
+import cross_tokenizer  # noqa: E402
+
+RATE = str(cross_tokenizer.Arguments.learning_rate)
 METHODS = {
-    "hybrid": [str(ROOT / "cross_tokenizer.py")],
-    "uld": [str(ROOT / "cross_tokenizer.py"), "--loss", "uld"],
-    "text alone": [__file__, "--text-alone"],
-    "token level": [str(ROOT / "token_level.py")],
-    "at 3e-3": [str(ROOT / "token_level.py"), "--learning-rate", "3e-3"],
-}
-ONE_TOKENIZER = ("token level", "at 3e-3")
+    "hybrid": ["cross_tokenizer.py"],
+    "uld": ["cross_tokenizer.py", "--loss", "uld"],
+    "text alone": [
+        "sequence_level.py", "--student", cross_tokenizer.Arguments.student,
+        "--learning-rate", RATE, "--sampling-temperature", "1",
+    ],
+    "token level": ["token_level.py"],
+    "at 3e-3": ["token_level.py", "--learning-rate", RATE],
+}  # fmt: skip
+SAME_TOKENIZER = ("token level", "at 3e-3")
 DRAWS = 2000
 
 
-class TextAlone(cross_tokenizer.CrossTokenizerLoss):
-    """Cross-entropy on the text; the teacher is only scored."""
-
-    def forward(
-        self,
-        batch: common.Batch,
-        teacher_states: Tensor,
-        pieces: list[cross_tokenizer.Piece],
-    ) -> tuple[Tensor, Tensor]:
-        loss, _ = common.distillation_loss(
-            self.student.states(batch),
-            self.student.head(),
-            batch.targets,
-            common.Objective(ce_weight=1.0),
-        )
-        return loss, torch.stack([loss.detach(), loss.new_zeros(())])
-
-
-def score(directory: Path, model: str, args: argparse.Namespace) -> list[common.Row]:
-    """Rows of one model on all evaluation words, kept beside the runs."""
-    kept = args.output_dir / f"rows-{directory.name}.json"
-    if not kept.exists():
+def score(directory: Path, model: str, args: argparse.Namespace) -> list[common.Tally]:
+    """Tallies of one model on all evaluation words, kept beside the runs."""
+    file = args.output_dir / f"tallies-{directory.name}.json"
+    if not file.exists():
         arguments = cross_tokenizer.Arguments(
             student=model, cache_dir=args.cache_dir, eval_size=args.eval_size
         )
-        common.check_arguments(arguments)
-        accelerator = common.start("cross_tokenizer", arguments)
-        student, teacher = common.load_pair(arguments, accelerator.device)
-        words = common.load_data(arguments)[1]
-        prompts = common.encode_for_both(words, student, teacher, arguments.max_length)
-        evaluator = common.Evaluator(prompts, student, teacher, arguments, accelerator)
-        common.write_json(kept, evaluator(student))
-        common.write_json(args.output_dir / "rows-teacher.json", evaluator.teacher_rows)
-    return json.loads(kept.read_text(encoding="utf-8"))
+        device = common.start("cross_tokenizer", arguments).device
+        pair = common.load_pair(arguments, device)
+        _, words = common.load_data(arguments)
+        prompts = common.tokenize_prompts(words, pair, arguments.max_length)
+        evaluator = common.Evaluator(prompts, pair, arguments)
+        common.write_json(file, evaluator(pair.student))
+        common.write_json(args.output_dir / "tallies-teacher.json", evaluator.teacher_tallies)
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
-def columns(rows: list[common.Row]) -> Tensor:
-    """(words, 3): exact matches, edits and the words of the reference."""
+def columns(tallies: list[common.Tally]) -> Tensor:
+    """(words, 3): exact matches, edits, and the words of the reference."""
     return torch.tensor(
-        [[r["exact"], r["edits"], r["reference_words"]] for r in rows], dtype=torch.float64
+        [[t["exact"], t["edits"], t["reference_words"]] for t in tallies], dtype=torch.float64
     )
 
 
@@ -113,7 +98,7 @@ def main() -> None:
 
     after: dict[str, list[Tensor]] = {name: [] for name in METHODS}
     for seed in range(args.seeds):
-        for name, command in METHODS.items():
+        for name, (script, *command) in METHODS.items():
             run = args.output_dir / f"{name.replace(' ', '-')}-{seed}"
             flags = {
                 "--seed": seed, "--epochs": args.epochs, "--max-rows": args.max_rows,
@@ -122,10 +107,8 @@ def main() -> None:
             }  # fmt: skip
             words = [str(word) for pair in flags.items() for word in pair]
             if not (run / "results.json").exists():
-                subprocess.run(
-                    [sys.executable, *command, *words, "--overwrite"], check=True,
-                    stdout=subprocess.DEVNULL,
-                )  # fmt: skip
+                command = [sys.executable, str(ROOT / script), *command, *words, "--overwrite"]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             after[name].append(columns(score(run, str(run / "final"), args)))
             exact, errors = rates(after[name][-1].sum(0), len(after[name][-1])).tolist()
             print(f"seed {seed}, {name}: {exact:.1%} exact, error rate {errors:.4f}", flush=True)
@@ -134,10 +117,10 @@ def main() -> None:
         for name in ("student_other_tokenizer", "student")
     }
     before = {
-        name: starts["student" if name in ONE_TOKENIZER else "student_other_tokenizer"]
+        name: starts["student" if name in SAME_TOKENIZER else "student_other_tokenizer"]
         for name in METHODS
     }
-    teacher = columns(json.loads((args.output_dir / "rows-teacher.json").read_text()))
+    teacher = columns(json.loads((args.output_dir / "tallies-teacher.json").read_text()))
     count = len(teacher)
 
     print(f"\n{args.seeds} seeds, {args.epochs:g} epochs, {count} words; mean (lowest to highest)")
@@ -174,7 +157,7 @@ def main() -> None:
         difference = drawn(after["hybrid"])[:, 1] - drawn(after[other])[:, 1]
         print(f"error rate, hybrid less {other}: {difference.mean():+.4f} {interval(difference)}")
     for other, (column, what) in itertools.product(
-        ONE_TOKENIZER, enumerate(("exact match", "error rate"))
+        SAME_TOKENIZER, enumerate(("exact match", "error rate"))
     ):
         whole = [recovered[name].mean(0)[column].item() for name in ("hybrid", other)]
         ratio = share("hybrid")[:, column] / share(other)[:, column]
@@ -185,9 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "--text-alone" in sys.argv:
-        sys.argv.remove("--text-alone")
-        cross_tokenizer.CrossTokenizerLoss = TextAlone
-        common.launch(cross_tokenizer.main, cross_tokenizer.Arguments, __doc__)
-    else:
-        main()
+    main()

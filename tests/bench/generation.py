@@ -1,20 +1,19 @@
-"""Tokens a second of `common.generate` against transformers' own `model.generate`.
+"""Tokens a second of `common.generate` and of transformers' own `model.generate`, greedy.
 
     python tests/bench/generation.py --models DIR [--batch-size 32] [--rows 96]
 
 DIR holds the real chat model (../shared/real_models.py): smollm2. The prompts are rows of
-data/chat.jsonl, evenly spread over the file, in the model's template; answers are greedy and as
-long as they turn out to be, up to --max-new-tokens. `model.generate`, of the model as transformers
-loads it, gets the same batch size, once in the file's order and once sorted by length as
-`common.generate` sorts. Counted are the
-tokens of answers, end-of-turn token included, nothing after it. Greedy answers can differ where
+data/chat.jsonl, evenly spread over the file, in the model's template. An answer ends with the
+model's end token or after --max-new-tokens. `model.generate` gets the same batch size, once with
+the prompts in the order of the file and once sorted by length, as `common.generate` sorts them.
+
+Only the tokens of answers are counted, end-of-turn token included. Greedy answers can differ where
 padding rounds two nearly equal logits differently; the table says how many are the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -31,48 +30,44 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import common  # noqa: E402  (it lies in the repository's root and is not installed)
 import token_level  # noqa: E402
 
-Answers = list[list[int]]
+Ids = list[list[int]]
 
 
-def ours(model: common.LanguageModel, prompts: Answers, limit: int, batch_size: int) -> Answers:
-    """`common.generate`, its answers in the order of the prompts."""
-    found = common.generate(
+def suite_answers(
+    model: common.LanguageModel, prompts: Ids, max_new_tokens: int, batch_size: int
+) -> Ids:
+    """Answers of `common.generate`, in the order of the prompts."""
+    completions = common.generate(
         model, prompts, [0] * len(prompts),
-        max_new_tokens=limit, temperature=0.0, batch_size=batch_size,
+        max_new_tokens=max_new_tokens, temperature=0.0, batch_size=batch_size,
     )  # fmt: skip
-    return [response.ids for _, response in sorted(found)]
+    return [completion.ids for _, completion in sorted(completions)]
 
 
-def theirs(
-    plain: PreTrainedModel,
-    model: common.LanguageModel,
-    prompts: Answers,
-    limit: int,
-    batch_size: int,
-) -> Answers:
-    """`generate` of the plain model on batches padded on the left, in the order of the prompts."""
+def library_answers(
+    model: common.LanguageModel, prompts: Ids, max_new_tokens: int, batch_size: int
+) -> Ids:
+    """Answers of `model.generate` on batches padded on the left, in the order of the prompts."""
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=limit, eos_token_id=model.end_ids, pad_token_id=0
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=model.end_ids, pad_token_id=0
     )
     model.tokenizer.padding_side = "left"
-    found = []
+    answers = []
     for start in range(0, len(prompts), batch_size):
-        rows = {"input_ids": prompts[start : start + batch_size]}
-        inputs = model.tokenizer.pad(rows, return_tensors="pt").to(model.device)
-        written = plain.generate(**inputs, generation_config=config)
-        for row in written[:, inputs["input_ids"].shape[1] :].tolist():
-            end = next((i for i, token in enumerate(row) if token in model.end_ids), limit)
-            found.append(row[: end + 1])
-    return found
+        batch = {"input_ids": prompts[start : start + batch_size]}
+        inputs = model.tokenizer.pad(batch, return_tensors="pt").to(model.device)
+        sequences = model.model.generate(**inputs, generation_config=config)
+        for ids in sequences[:, inputs["input_ids"].shape[1] :].tolist():
+            end = next((i for i, token in enumerate(ids) if token in model.end_ids), max_new_tokens)
+            answers.append(ids[: end + 1])
+    return answers
 
 
-def theirs_sorted(
-    plain: PreTrainedModel, model: common.LanguageModel, prompts: Answers, *rest: int
-) -> Answers:
-    """The same, prompts of similar length together."""
+def sorted_library_answers(model: common.LanguageModel, prompts: Ids, *sizes: int) -> Ids:
+    """The same with prompts of similar length in one batch."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found = theirs(plain, model, [prompts[i] for i in order], *rest)
-    return [answer for _, answer in sorted(zip(order, found, strict=True))]
+    answers = library_answers(model, [prompts[i] for i in order], *sizes)
+    return [answer for _, answer in sorted(zip(order, answers, strict=True))]
 
 
 def main() -> None:
@@ -87,25 +82,24 @@ def main() -> None:
 
     name = str(args.models / "smollm2")
     with tempfile.TemporaryDirectory() as directory:
-        flags = token_level.Arguments(student=name, teacher=name, cache_dir=directory)
-        accelerator = common.start("token_level", flags)
-        model, _ = common.load_pair(flags, accelerator.device)
-    # Not the model above, whose layers this suite has exchanged.
-    plain = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(model.device)
+        arguments = token_level.Arguments(student=name, teacher=name, cache_dir=directory)
+        accelerator = common.start("token_level", arguments)
+        model = common.load_student(arguments, accelerator.device)
     rows = common.load_conversations(str(ROOT / "data" / "chat.jsonl"))
     rows = rows[:: max(1, len(rows) // args.rows)][: args.rows]
-    prompts = common.encode_prompts(model, rows)
+    tokenized = common.tokenize_prompts(rows, common.Pair(model, model), model.max_positions)
+    prompts = [prompt.student for prompt in tokenized]
 
-    methods: dict[str, Callable[..., Answers]] = {
-        "model.generate, file order": functools.partial(theirs, plain),
-        "model.generate, sorted": functools.partial(theirs_sorted, plain),
-        "common.generate": ours,
+    methods: dict[str, Callable[..., Ids]] = {
+        "model.generate, file order": library_answers,
+        "model.generate, sorted": sorted_library_answers,
+        "common.generate": suite_answers,
     }
     speeds, answers = {}, {}
-    for method, write in methods.items():
-        write(model, prompts[:4], 4, 4)  # warm-up
+    for method, generate in methods.items():
+        generate(model, prompts[:4], 4, 4)  # warm-up
         began = time.perf_counter()
-        answers[method] = write(model, prompts, args.max_new_tokens, args.batch_size)
+        answers[method] = generate(model, prompts, args.max_new_tokens, args.batch_size)
         seconds = time.perf_counter() - began
         speeds[method] = sum(map(len, answers[method])) / seconds
     lengths = sorted(map(len, answers["common.generate"]))

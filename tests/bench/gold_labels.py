@@ -1,8 +1,9 @@
-"""What as many steps on as many gold labels recover: the yardstick of distillation.
+"""The baseline of distillation: as many steps on as many gold labels.
 
-sequence_level.py with the dictionary's own answers in the place of the teacher's: the same
-prompts, the same turns as targets, one answer to each. (--completions dataset is another thing: of
-conversations with several turns it learns every one, which are more labels than prompts.)
+sequence_level.py, but the student learns from the dictionary's own answers instead of the
+teacher's: the same prompts, the same turns as targets, one answer for each prompt. (--completions
+dataset differs: it trains on every assistant turn of a conversation, so it has more labels than
+prompts.) The teacher is evaluated as usual.
 
     python tests/bench/gold_labels.py [flags of sequence_level.py]
 """
@@ -14,35 +15,43 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import common
 import sequence_level
-from common import Answer, LanguageModel, Prompt
+from common import Completion, LanguageModel, Pair, Prompt
 
-load_models = sequence_level.load_models
+load_pair = common.load_pair
 
 
-def with_gold_labels(
-    args: sequence_level.Arguments, accelerator: Accelerator
-) -> tuple[LanguageModel, LanguageModel, sequence_level.Write]:
-    """A teacher that writes the rows' own answers to train on, and is scored as itself."""
-    student, teacher, write = load_models(args, accelerator)
+def gold_completions(teacher: LanguageModel, prompts: Sequence[Prompt]) -> list[Completion]:
+    """The data set's own answers in the teacher's tokens, as if the teacher had written them."""
+    texts = [prompt.conversation.response for prompt in prompts]
+    completions = [Completion(text, finished=True, length=0, ids=None) for text in texts]
+    # `tokenize_completions` reads the prompt ids of the student; here the teacher is the reader.
+    as_student = [prompt._replace(student=prompt.teacher) for prompt in prompts]
+    ids = common.tokenize_completions(teacher, as_student, completions)
+    return [c._replace(ids=i, length=len(i)) for c, i in zip(completions, ids, strict=True)]
 
-    def gold(prompts: Sequence[Prompt], **settings: Any) -> list[Answer]:
-        if settings["purpose"] != "training text":
-            return write(prompts, **settings)
-        answers = [Answer(p.conversation.response, True, 0, None) for p in prompts]
-        asked = [p._replace(student=p.teacher) for p in prompts]
-        encoded = common.encode_answers(teacher, asked, answers)
-        ids = [[tokens.ids[i] for i in tokens.targets] for tokens in encoded]
-        return [a._replace(ids=i, tokens=len(i)) for a, i in zip(answers, ids, strict=True)]
 
-    return student, teacher, gold
+def load_pair_with_gold_labels(args: sequence_level.Arguments, device: torch.device) -> Pair:
+    """The pair; the teacher completes training prompts with gold labels."""
+    pair = load_pair(args, device)
+    complete = pair.teacher.complete
+
+    def complete_with_gold_labels(
+        prompts: Sequence[Prompt], args: sequence_level.Arguments, **sampling: Any
+    ) -> list[Completion]:
+        if sampling["purpose"] == "training text":
+            return gold_completions(pair.teacher, prompts)
+        return complete(prompts, args, **sampling)
+
+    pair.teacher.complete = complete_with_gold_labels
+    return pair
 
 
 if __name__ == "__main__":
-    sequence_level.load_models = with_gold_labels
+    common.load_pair = load_pair_with_gold_labels
     common.launch(sequence_level.main, sequence_level.Arguments, __doc__)

@@ -1,8 +1,8 @@
-"""What --cache-teacher saves in a sweep of five temperatures: seconds, disk, peak memory.
+"""What --cache-teacher saves in a sweep over five temperatures: seconds, disk, peak memory.
 
-Runs token_level.py five times without the cache of states and five times with it, in a scratch
-directory. The teacher's text is kept in both sweeps; only its states differ. The first run of
-either sweep writes the text too, so that the sums compare whole sweeps.
+The bench runs token_level.py five times without the cache of hidden states and five times with it,
+in a scratch directory. Both sweeps keep the teacher's text; only the states differ. The first run
+of each sweep generates the text too, so the sums compare whole sweeps.
 
     python tests/bench/teacher_cache.py --max-rows 6400 --epochs 2 --eval-size 300
     python tests/bench/teacher_cache.py --teacher DIR/smollm2 --student DIR/smollm2-8l \
@@ -26,7 +26,7 @@ TEMPERATURES = (1, 1.5, 2, 3, 4)
 
 
 def sweep(name: str, flags: list[str], directory: str) -> float:
-    """Seconds of the five runs together; prints each, and what was said about the cache."""
+    """Total seconds of the five runs; prints each run, and what it said about the cache."""
     seconds = []
     for temperature in TEMPERATURES:
         began = time.perf_counter()
@@ -37,7 +37,7 @@ def sweep(name: str, flags: list[str], directory: str) -> float:
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         printed = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)  # its own peak, not that of all children
+        _, status, usage = os.wait4(process.pid, 0)  # the peak of this run, not of all children
         if status:
             raise SystemExit(f"{SCRIPT.name} failed")
         seconds.append(time.perf_counter() - began)
