@@ -238,7 +238,7 @@ class RolloutMonitor:
         self.warned: set[str] = set()
 
     def note(self, length: float, entropy: Sequence[Tensor]) -> dict[str, Any]:
-        """Record length and sums of entropy (student, teacher, tokens); their means, to be logged."""
+        """Record length and sums of entropy (student, teacher, tokens); the means for the log."""
         student, teacher = (total / entropy[2].clamp_min(1e-9) for total in entropy[:2])
         self.measured.append(torch.stack([torch.full_like(student, length), student, teacher]))
         return {"rollout/entropy": student, "rollout/teacher_entropy": teacher}
@@ -290,7 +290,7 @@ class Evaluator(common.Evaluator):
         return [tally | more for tally, more in zip(tallies, own, strict=True)]
 
     def _own_text(self) -> dict[int, common.Tally]:
-        args, student, teacher = self.args, *self.pair
+        args, student, teacher = self.args, self.student, self.pair.teacher
         prompts = [e.prompt for e in self.examples]
         seeds = [common.row_seed(args.seed, "own text", e.index) for e in self.examples]
         written = common.generate(student, [p.student for p in prompts], seeds, args, 1.0)

@@ -69,8 +69,8 @@ class Scorer:
         file = directory / f"scores-of-{self.arguments.eval_size}.json"
         if not file.exists():
             self.arguments.student = str(student)
-            model = common.load_student(self.arguments, self.device)
-            common.write_json(file, common.scores(self.evaluator(model)))
+            self.evaluator.student = common.load_student(self.arguments, self.device)
+            common.write_json(file, common.scores(self.evaluator()))
         return json.loads(file.read_text(encoding="utf-8"))
 
 

@@ -62,7 +62,7 @@ def score(directory: Path, model: str, args: argparse.Namespace) -> list[common.
         _, words = common.load_data(arguments)
         prompts = common.tokenize_prompts(words, pair, arguments.max_length)
         evaluator = common.Evaluator(prompts, pair, arguments)
-        common.write_json(file, evaluator(pair.student))
+        common.write_json(file, evaluator())
         common.write_json(args.output_dir / "tallies-teacher.json", evaluator.teacher_tallies)
     return json.loads(file.read_text(encoding="utf-8"))
 

@@ -37,10 +37,8 @@ def suite_answers(
     model: common.LanguageModel, prompts: Ids, max_new_tokens: int, batch_size: int
 ) -> Ids:
     """Answers of `common.generate`, in the order of the prompts."""
-    completions = common.generate(
-        model, prompts, [0] * len(prompts),
-        max_new_tokens=max_new_tokens, temperature=0.0, batch_size=batch_size,
-    )  # fmt: skip
+    args = token_level.Arguments(max_new_tokens=max_new_tokens, generation_batch_size=batch_size)
+    completions = common.generate(model, prompts, [0] * len(prompts), args, temperature=0.0)
     return [completion.ids for _, completion in sorted(completions)]
 
 

@@ -46,8 +46,8 @@ def chunked_loss(
     hidden: torch.Tensor, head: common.Head, teacher_hidden: torch.Tensor, teacher: common.Head
 ) -> torch.Tensor:
     targets = torch.zeros(len(hidden), dtype=torch.long)
-    objective = common.Objective()
-    return common.distillation_loss(hidden, head, targets, objective, teacher_hidden, teacher)[0]
+    student, theirs = common.Logits(hidden, head), common.Logits(teacher_hidden, teacher)
+    return common.distillation_loss(student, targets, common.Objective(), theirs)[0]
 
 
 def plain_loss(

@@ -39,10 +39,8 @@ def suite_tokens(
     model: common.LanguageModel, prompts: Ids, max_new_tokens: int, batch_size: int
 ) -> int:
     """The number of tokens that `common.generate` generated."""
-    completions = common.generate(
-        model, prompts, list(range(len(prompts))),
-        max_new_tokens=max_new_tokens, temperature=1.0, batch_size=batch_size,
-    )  # fmt: skip
+    args = common.CommonArguments(max_new_tokens=max_new_tokens, generation_batch_size=batch_size)
+    completions = common.generate(model, prompts, range(len(prompts)), args, temperature=1.0)
     return sum(completion.length for _, completion in completions)
 
 
