@@ -343,7 +343,7 @@ def _dataset_records(source: str, config: str | None, split: str) -> Iterator[tu
 
 
 def _as_conversation(record: Any, source: str) -> Conversation:
-    """A record in any of the accepted forms (README, "Your own models and data"); `ValueError` otherwise."""
+    """A record in one of the forms that the README lists; `ValueError` otherwise."""
     if not isinstance(record, dict):
         raise ValueError("a row must be an object with named columns")
     record = {key: value for key, value in record.items() if value is not None}
