@@ -1358,9 +1358,8 @@ class TeacherHiddenStates:
         with progress(f"teacher states ({purpose})", len(mine)) as bar:
             for batch in mine:
                 hidden = teacher_hidden_states(teacher, [e for _, e in batch])
-                parts = hidden.to(teacher.compute_dtype).split(
-                    [len(e.teacher.targets) for _, e in batch]
-                )
+                counts = [len(e.teacher.targets) for _, e in batch]
+                parts = hidden.to("cpu", teacher.compute_dtype).split(counts)
                 for (path, _), part in zip(batch, parts, strict=True):
                     if path in missing:
                         save_tensors(path, hidden=part)
