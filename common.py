@@ -40,6 +40,7 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -322,8 +323,9 @@ def _read_text(source: str) -> str:
         raw = Path(source).read_bytes()
         raw = gzip.decompress(raw) if source.endswith(".gz") else raw
         return raw.decode("utf-8-sig")
-    except OSError as problem:
-        raise UsageError(f"cannot read {source}: {problem.strerror or problem}") from None
+    except (OSError, EOFError, zlib.error) as problem:  # the last two: damaged gzip data
+        reason = getattr(problem, "strerror", None) or problem
+        raise UsageError(f"cannot read {source}: {reason}") from None
     except UnicodeDecodeError as problem:
         line = raw[: problem.start].count(b"\n") + 1
         raise UsageError(f"{source}:{line}: not UTF-8") from None
