@@ -141,7 +141,7 @@ def test_killed_at_many_moments(uninterrupted, tmp_path):
 
 
 def test_signals_end_the_run_with_a_checkpoint(uninterrupted, tmp_path):
-    """SIGTERM; Ctrl-C, which also ended the reader of the pipe; Ctrl-C twice: then it is resumed."""
+    """SIGTERM; Ctrl-C, which ends the reader of the pipe too; Ctrl-C twice: each is resumed."""
     shutil.copytree(uninterrupted.parent / "runs", tmp_path / "runs")
     checkpoints = tmp_path / "run" / "checkpoints"
 
