@@ -357,12 +357,11 @@ ODD = [every_json_form, tables]
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory) -> Iterator[dict[str, tuple[Path, dict, Future]]]:
     """The SUBPROCESS cases and the valid runs, two at a time."""
-    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     started = {}
     with ThreadPoolExecutor(2) as pool:
 
         def start(name: str, tmp: Path, before: dict, flags: Sequence[str]) -> None:
-            job = pool.submit(run_script, "token_level.py", *flags, cwd=tmp, **environment)
+            job = pool.submit(run_script, "token_level.py", *flags, cwd=tmp)
             started[name] = tmp, before, job
 
         for case in CASES:

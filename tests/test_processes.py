@@ -43,7 +43,7 @@ common.save_tensors = save_and_note
 common.length_batches.__defaults__ = (256,)
 common.launch(token_level.main, token_level.Arguments, "")
 """
-ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true"}
 
 # Of 7 examples one process gets 4 and the other 3, three at a time: the second process's last
 # micro-batch is empty, and every micro-batch is padded to a width of its own.

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from conftest import ROOT, run_script, tiny_model, wait_for
+from conftest import ROOT, run_in_process, run_script, tiny_model, wait_for
 from safetensors.torch import load_file
 
 import common
@@ -29,26 +28,22 @@ FLAGS = {
     "eval_steps": 10, "save_steps": 4, "logging_steps": 3, "generation_batch_size": 8,
 }  # fmt: skip
 WORDS = [w for name, value in FLAGS.items() for w in (f"--{name.replace('_', '-')}", str(value))]
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+UNBUFFERED = {"PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     """The directory of a whole run; the cache that it filled is beside it, in runs/cache."""
     directory = tmp_path_factory.mktemp("uninterrupted")
-    done = run_script("token_level.py", *WORDS, "--output-dir", "run", cwd=directory, **ONE_THREAD)
+    done = run_script("token_level.py", *WORDS, "--output-dir", "run", cwd=directory)
     assert done.returncode == 0, done.stderr
     return directory / "run"
 
 
 def in_process(output_dir: Path, **changes: object) -> None:
-    """Call `token_level.main`, which saves the seconds that a process takes to start."""
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-    torch.set_num_threads(1)
     cache = str(output_dir.parent / "cache")
     flags = {"cache_dir": cache, **FLAGS, "output_dir": str(output_dir), **changes}
-    token_level.main(token_level.Arguments(**flags))
+    run_in_process(token_level, **flags)
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -82,7 +77,7 @@ def begin(
     with open(directory / "out.txt", "wb") as out:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "token_level.py"), *WORDS, *flags],
-            cwd=directory, env={**os.environ, **ONE_THREAD},
+            cwd=directory, env={**os.environ, **UNBUFFERED},
             **{"stdout": out, "stderr": subprocess.STDOUT, **streams},
         )  # fmt: skip
 
