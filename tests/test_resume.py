@@ -32,9 +32,9 @@ UNBUFFERED = {"PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Path:
+def whole_run(tmp_path_factory) -> Path:
     """The directory of a whole run; the cache that it filled is beside it, in runs/cache."""
-    directory = tmp_path_factory.mktemp("uninterrupted")
+    directory = tmp_path_factory.mktemp("whole_run")
     done = run_script("token_level.py", *WORDS, "--output-dir", "run", cwd=directory)
     assert done.returncode == 0, done.stderr
     return directory / "run"
@@ -85,7 +85,7 @@ def begin(
 RESUME = ("--output-dir", "run", "--resume")
 
 
-def test_killed_at_many_moments(uninterrupted, tmp_path):
+def test_killed_at_many_moments(whole_run, tmp_path):
     chance = random.Random(0)
     run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
     cache = tmp_path / "runs" / "cache"
@@ -129,15 +129,15 @@ def test_killed_at_many_moments(uninterrupted, tmp_path):
     process.wait()
     if not (run / "results.json").exists():
         assert begin(tmp_path, RESUME).wait() == 0, (tmp_path / "out.txt").read_text()
-    assert_same(run, uninterrupted)
-    results = [json.loads((r / "results.json").read_text()) for r in (run, uninterrupted)]
+    assert_same(run, whole_run)
+    results = [json.loads((r / "results.json").read_text()) for r in (run, whole_run)]
     assert results[0]["after"] == results[1]["after"]
     assert results[0]["before"] == results[1]["before"]
 
 
-def test_signals_end_the_run_with_a_checkpoint(uninterrupted, tmp_path):
+def test_signals_end_the_run_with_a_checkpoint(whole_run, tmp_path):
     """SIGTERM; Ctrl-C, which ends the reader of the pipe too; Ctrl-C twice: each is resumed."""
-    shutil.copytree(uninterrupted.parent / "runs", tmp_path / "runs")
+    shutil.copytree(whole_run.parent / "runs", tmp_path / "runs")
     checkpoints = tmp_path / "run" / "checkpoints"
 
     def last_checkpoint() -> int:
@@ -182,7 +182,7 @@ def test_signals_end_the_run_with_a_checkpoint(uninterrupted, tmp_path):
     assert said().splitlines()[-1] == "interrupted" or "stopped after step" in said()
 
     assert begin(tmp_path, RESUME).wait() == 0, said()
-    assert_same(tmp_path / "run", uninterrupted)
+    assert_same(tmp_path / "run", whole_run)
 
 
 def arguments(output_dir: Path | None, **changes: object) -> token_level.Arguments:
@@ -190,9 +190,9 @@ def arguments(output_dir: Path | None, **changes: object) -> token_level.Argumen
     return token_level.Arguments(**{**FLAGS, "cache_dir": "runs/cache", **named, **changes})
 
 
-def test_what_cannot_be_resumed(uninterrupted, tmp_path):
+def test_what_cannot_be_resumed(whole_run, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(uninterrupted, run, ignore=shutil.ignore_patterns("results.json"))
+    shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns("results.json"))
     common.resume_conflict(run, "token_level", arguments(run))
     common.resume_conflict(run, "token_level", arguments(run, eval_steps=7, save_steps=1))
     refused = f"--resume cannot continue {run}: "
@@ -206,7 +206,7 @@ def test_what_cannot_be_resumed(uninterrupted, tmp_path):
             common.start(script, args)
         assert str(conflict.value).startswith(refused) and reason in str(conflict.value)
     with pytest.raises(common.UsageError, match="it is finished"):
-        common.start("token_level", arguments(uninterrupted))
+        common.start("token_level", arguments(whole_run))
     with pytest.raises(common.UsageError, match=r"it has no readable args\.json"):
         common.start("token_level", arguments(ROOT))
     with pytest.raises(common.UsageError, match="choose one"):
@@ -215,13 +215,13 @@ def test_what_cannot_be_resumed(uninterrupted, tmp_path):
         common.check_arguments(arguments(None))
 
 
-def test_old_checkpoints_are_removed_and_corrupt_ones_named(uninterrupted, tmp_path):
+def test_old_checkpoints_are_removed_and_corrupt_ones_named(whole_run, tmp_path):
     last = f"step-{STEPS:06}"
-    names = sorted(p.name for p in (uninterrupted / "checkpoints").iterdir())
+    names = sorted(p.name for p in (whole_run / "checkpoints").iterdir())
     assert names == ["before.json", f"step-{STEPS - 4:06}", last]
     run = tmp_path / "run"
-    shutil.copytree(uninterrupted, run, ignore=shutil.ignore_patterns("results.json"))
-    shutil.copytree(uninterrupted.parent / "runs" / "cache", tmp_path / "cache")
+    shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns("results.json"))
+    shutil.copytree(whole_run.parent / "runs" / "cache", tmp_path / "cache")
     for file in ("optimizer.bin", "model.safetensors", "state.json"):
         broken = run / "checkpoints" / last / file
         broken.write_bytes(broken.read_bytes()[:-20])
@@ -233,7 +233,7 @@ def test_old_checkpoints_are_removed_and_corrupt_ones_named(uninterrupted, tmp_p
     with open(run / "metrics.jsonl", "a") as stream:
         stream.write('{"step": 21, "train')
     in_process(run, resume=True, save_total_limit=1)
-    assert_same(run, uninterrupted)
+    assert_same(run, whole_run)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["before.json", last]
     assert not (run / "checkpoints" / last / "left over").exists()
 

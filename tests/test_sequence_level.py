@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -56,10 +57,15 @@ def text_lines(directory: Path) -> list[dict]:
     return [json.loads(line) for f in files for line in f.read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Path:
-    """The directory of a whole run that a user starts; the cache is beside it."""
-    directory = tmp_path_factory.mktemp("uninterrupted")
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory) -> Path:
+    """The directory of a run that a user starts and nothing interrupts; the cache is beside it."""
+    return run_once(tmp_path_factory.mktemp)
+
+
+@functools.cache  # test_api.py imports the fixture, and pytest would run it again there
+def run_once(make_directory: Callable[[str], Path]) -> Path:
+    directory = make_directory("whole_run")
     flags = (*WORDS, "--output-dir", "run", "--cache-dir", "cache")
     done = run_script("sequence_level.py", *flags, cwd=directory)
     assert done.returncode == 0, done.stderr
@@ -238,14 +244,14 @@ def test_temperature_is_another_name_for_the_sampling_temperature(capsys):
 # ------------------------------------------------------------------------------- as a user runs it
 
 
-def test_the_text_is_that_of_the_other_scripts(uninterrupted, tmp_path):
+def test_the_text_is_that_of_the_other_scripts(whole_run, tmp_path):
     """Equal flags find it: token_level adds its evaluation's samples and nothing else."""
-    before = text_lines(uninterrupted.parent / "cache")
+    before = text_lines(whole_run.parent / "cache")
     in_process(
-        token_level, tmp_path / "token", cache_dir=str(uninterrupted.parent / "cache"), max_steps=2,
+        token_level, tmp_path / "token", cache_dir=str(whole_run.parent / "cache"), max_steps=2,
         sampling_temperature=sequence_level.Arguments.sampling_temperature,
     )  # fmt: skip
-    assert text_lines(uninterrupted.parent / "cache") == before
+    assert text_lines(whole_run.parent / "cache") == before
 
 
 def test_more_samples_begin_with_the_one_that_others_find(tmp_path):
@@ -268,7 +274,7 @@ def test_more_samples_begin_with_the_one_that_others_find(tmp_path):
     assert written["duplicates"] > 0 and {len(t) for t in texts.values()} == {1, 2, 3}
 
 
-def test_what_was_learned_from_is_a_data_set(uninterrupted, tmp_path):
+def test_what_was_learned_from_is_a_data_set(whole_run, tmp_path):
     """completions.jsonl trains the same student again, and any other script's.
 
     On questions without earlier turns: of those a data set's own answers are targets too.
@@ -276,7 +282,7 @@ def test_what_was_learned_from_is_a_data_set(uninterrupted, tmp_path):
     asked = (common.DATA / "train.jsonl").read_text().splitlines(keepends=True)
     single = [line for line in asked if line.count('"role"') == 2][:48]
     (tmp_path / "single.jsonl").write_text("".join(single))
-    cache = str(uninterrupted.parent / "cache")
+    cache = str(whole_run.parent / "cache")
     flags = {"eval_dataset": str(common.DATA / "eval.jsonl"), "cache_dir": cache, "max_rows": 0}
     run = in_process(
         sequence_level, tmp_path / "run", dataset=str(tmp_path / "single.jsonl"), **flags
@@ -317,7 +323,7 @@ def test_student_with_another_tokenizer_learns(tmp_path):
 # -------------------------------------------------------------------------------------- kills
 
 
-def test_killed_while_writing_and_while_training(uninterrupted, tmp_path):
+def test_killed_while_writing_and_while_training(whole_run, tmp_path):
     """No recorded answer is written again, and the student equals that of the whole run."""
     cache, run = tmp_path / "cache" / "text", tmp_path / "run"
 
@@ -346,11 +352,11 @@ def test_killed_while_writing_and_while_training(uninterrupted, tmp_path):
     kill_when((run / "checkpoints" / "step-000004" / "state.json").exists)
     assert written().startswith(recorded) or recorded in written()
     assert begin().wait() == 0, (tmp_path / "out.txt").read_text()
-    caches = (tmp_path / "cache", uninterrupted.parent / "cache")
+    caches = (tmp_path / "cache", whole_run.parent / "cache")
     ours, theirs = (sorted(text_lines(cache), key=str) for cache in caches)
     assert ours == theirs
-    assert_same_student(run, uninterrupted)
-    ours, theirs = ((r / "completions.jsonl").read_text() for r in (run, uninterrupted))
+    assert_same_student(run, whole_run)
+    ours, theirs = ((r / "completions.jsonl").read_text() for r in (run, whole_run))
     assert ours == theirs
-    cut, whole = results(run), results(uninterrupted)
+    cut, whole = results(run), results(whole_run)
     assert cut["after"] == whole["after"] and cut["training_text"] == whole["training_text"]
