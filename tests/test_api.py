@@ -1,10 +1,9 @@
-"""A teacher on a server: a real client against servers that answer, misbehave and refuse."""
+"""A teacher behind an API: the real client against servers that answer, misbehave and refuse."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import itertools
 import json
 import os
 import subprocess
@@ -18,24 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate import Accelerator
 from conftest import ROOT, run_script, wait_for
 from test_sequence_level import (
-    ONE_THREAD,
+    UNBUFFERED,
     WORDS,
     assert_same_student,
     in_process,
     results,
     text_lines,
-    uncut,  # noqa: F401  (a fixture)
+    whole_run,  # noqa: F401  (a fixture)
 )
-from transformers import AutoTokenizer
 
 import common
 import sequence_level
-from common import Answer, Conversation, Prompt, UsageError
+from common import Completion, Conversation, Prompt, UsageError
 
-pytest.importorskip("openai")
+openai = pytest.importorskip("openai")
 
 KEY = "sk-never-to-be-seen-0123456789"
 
@@ -53,11 +50,11 @@ def completion(text: str, reason: str | None = "stop", **message: Any) -> dict[s
 
 
 class Server(ThreadingHTTPServer):
-    """Answers as `reply(body, n)` says, n being how often these messages were asked before.
+    """Sends what `reply(body, n)` returns; n is how often these messages were asked before.
 
     A reply is a dictionary or list, sent as JSON; bytes for another body; (status, headers, body);
     or a function that does what it likes with the handler. `log` holds (time, body) of each
-    request, and every request must bring the key.
+    request. A request without the key gets a 401.
     """
 
     daemon_threads = True
@@ -120,7 +117,7 @@ def serve() -> Iterator[Callable[..., Server]]:
 
     def start(reply: Callable[[dict[str, Any], int], Any]) -> Server:
         servers.append(Server(reply))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        threading.Thread(target=servers[-1].serve_forever, args=[0.01], daemon=True).start()
         return servers[-1]
 
     yield start
@@ -130,22 +127,24 @@ def serve() -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture
-def ask(tmp_path, tiny, monkeypatch) -> Callable[..., list[Answer]]:
-    """Answers of the model on a server to words, with pauses that a test can wait for."""
+def ask(tmp_path, tiny, monkeypatch) -> Callable[..., list[Completion]]:
+    """Answers of the model on a server to words; the client's own pauses are short."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(sequence_level, "FIRST_PAUSE", 0.02)
-    student, accelerator = tiny("llama"), Accelerator(mixed_precision="no")
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.02)
+    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.1)
+    student = tiny("llama")
 
     def ask(server: Server, words: list[str], temperature: float = 0.0, **flags: Any):
         args = sequence_level.Arguments(
             api_base_url=server.url, api_model="m", cache_dir=str(tmp_path / "cache"),
-            **{"api_timeout": 10.0, **flags},
+            **{"api_timeout": 600.0, **flags},
         )  # fmt: skip
         args.check()
         talks = [Conversation([{"role": "user", "content": w}], None, [], w) for w in words]
-        write = sequence_level.ApiTeacher(args, accelerator, student)
+        teacher = sequence_level.ApiTeacher(args, student)
         prompts = [Prompt(t, [5], [5]) for t in talks]
-        return write(prompts, temperature=temperature, top_p=args.top_p, purpose="test")
+        sampling = {"temperature": temperature, "top_p": args.top_p}
+        return teacher.complete(prompts, args, **sampling, purpose="test")
 
     return ask
 
@@ -161,7 +160,7 @@ def test_what_is_asked_and_what_is_kept(serve, ask, tmp_path):
     """Greedy: no seed, no nucleus. Sampled: a seed for each row and sample, the same every time."""
     server = serve(lambda body, n: completion(f"{word_of(body)} {body.get('seed')}"))
     greedy = ask(server, ["a", "b", "a"])
-    assert greedy == [Answer(f"{w} None", True, 7, None) for w in "aba"]
+    assert greedy == [Completion(f"{w} None", True, 7, None) for w in "aba"]
     assert sorted((b for _, b in server.log), key=word_of) == [
         {"messages": [{"role": "user", "content": word}], "model": "m", "max_tokens": 128,
          "temperature": 0.0} for word in "ab"
@@ -193,7 +192,7 @@ def test_no_more_than_concurrency_at_a_time(serve, ask):
 
 
 def test_forms_of_an_answer(serve, ask):
-    """Cut, filtered, empty and reasoned answers; a count of tokens that is missing is made."""
+    """Cut, filtered, empty and reasoned answers, and one without a count of its tokens."""
     bare = completion("N AA1")
     del bare["usage"]
     replies = {
@@ -207,15 +206,15 @@ def test_forms_of_an_answer(serve, ask):
     }
     server = serve(lambda body, _: replies[word_of(body)])
     got = dict(zip(replies, ask(server, list(replies)), strict=True))
-    assert got["cut"] == Answer("N AA1", False, 7, None)
+    assert got["cut"] == Completion("N AA1", False, 7, None)
     assert got["filtered"].finished is False
     assert got["tools"].text == ""
     assert got["thinks"].text == got["thinks too"].text == "<think>\nN or M?\n</think>\n\nN"
-    assert got["bare"].tokens > 0 and got["bare"].tokens != 7
+    assert got["bare"].length > 0 and got["bare"].length != 7
     assert got["half"].text == "N ?"
 
 
-# ------------------------------------------------------------------------- what passes by itself
+# ------------------------------------------------------------------------- what is asked again
 
 
 def drop(handler: Handler) -> None:
@@ -254,11 +253,13 @@ def status(code: int, message: str = "no", **headers: str) -> tuple[int, dict[st
     return code, named, json.dumps({"error": {"message": message}}).encode()
 
 
+# What the client asks again by itself, and what only ApiTeacher recognises as no answer.
 PASSES = {
-    "too many": status(429), "error": status(500), "gateway": (502, {}, b"<html>"),
-    "overloaded": status(529), "dropped": drop, "cut": cut_body, "half": half_json, "page": page,
-    "no choices": {"id": "1"}, "no reason": completion("never", None), "slow": slow,
-    "nothing": b"", "conflict": status(409), "list": [], "no message": {"choices": [{}]},
+    "timeout": status(408), "conflict": status(409), "too many": status(429), "error": status(500),
+    "gateway": (502, {}, b"<html>"), "overloaded": status(529), "dropped": drop, "cut": cut_body,
+    "half": half_json, "page": page, "nothing": b"", "list": [], "no choices": {"id": "1"},
+    "null choices": {"id": "1", "choices": None}, "no message": {"choices": [{}]},
+    "no reason": completion("never", None), "slow": slow,
 }  # fmt: skip
 
 
@@ -278,65 +279,59 @@ def test_everything_that_passes_is_asked_again(serve, ask, monkeypatch):
     assert len(server.log) >= 6 * len(words)
 
 
-def test_pauses_grow(serve, ask, monkeypatch):
-    monkeypatch.setattr(sequence_level, "FIRST_PAUSE", 0.1)
-    monkeypatch.setattr(sequence_level, "LONGEST_PAUSE", 0.4)
-    server = serve(lambda body, n: status(503) if n < 4 else completion("A"))
-    ask(server, ["a"])
-    times = server.times("a")
-    gaps = [b - a for a, b in itertools.pairwise(times)]
-    assert len(gaps) == 4  # each at least half of 0.1, 0.2, 0.4, 0.4
-    assert all(gap >= least for gap, least in zip(gaps, (0.05, 0.1, 0.2, 0.2), strict=True))
-
-
 @pytest.mark.parametrize("form", ["seconds", "date"])
-def test_retry_after_is_obeyed_by_all(form, serve, ask):
-    """Once a server has asked for a pause, no request of any worker arrives before its end."""
-    said: list[float] = []
-    until: list[float] = []
+def test_retry_after_is_obeyed(form, serve, ask):
+    """A request is not asked again before the time that its answer named."""
+    until = [0.0]
 
     def reply(body: dict[str, Any], n: int) -> Any:
-        if word_of(body) == "3" and n == 0:
-            time.sleep(0.1)  # until the others are through with what they had begun
-            said.append(time.monotonic())
-            if form == "seconds":
-                until.append(time.monotonic() + 1)
-                return status(429, Retry_After="1")
-            moment = int(time.time()) + 2
-            until.append(time.monotonic() + moment - time.time())
-            stamp = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(moment))
-            return status(503, Retry_After=stamp)
-        time.sleep(0.02)
-        return completion(word_of(body))
+        if word_of(body) != "3" or n:
+            return completion(word_of(body))
+        if form == "seconds":
+            until[0] = time.monotonic() + 1
+            return status(429, Retry_After="1")
+        moment = int(time.time()) + 2
+        until[0] = time.monotonic() + moment - time.time()
+        stamp = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(moment))
+        return status(503, Retry_After=stamp)
 
     server = serve(reply)
-    words = [str(i) for i in range(30)]
+    words = [str(i) for i in range(8)]
     assert [a.text for a in ask(server, words, api_concurrency=2)] == words
-    (began,), (end,) = said, until
-    early = [at for at, _ in server.log if began + 0.1 < at < end - 0.01]
-    assert early == [] and len(server.times("3")) == 2
-    assert max(at for at, _ in server.log) >= end - 0.01
+    _, again = server.times("3")
+    assert again >= until[0] - 0.01 and len(server.log) == 9
 
 
-def test_a_server_that_stays_down(serve, ask, monkeypatch, tmp_path):
-    """After so many times it is an error that says how to go on; what was written is kept."""
-    monkeypatch.setattr(sequence_level, "ATTEMPTS", 3)
+DOWN = {
+    "error": (status(500, f"out of memory {KEY}"), r"recover: \(500\) .*out of memory \[key\]"),
+    "no connection": (drop, "failed 2 times in a row, the last time so: Connection error"),
+    "no completion": ({}, "failed 2 times in a row, .* what the server sent is no completion"),
+    "no answer": (slow, "failed 2 times in a row, .* no answer within --api-timeout 1 seconds"),
+}
+
+
+@pytest.mark.parametrize("name", DOWN)
+def test_a_server_that_stays_down(name, serve, ask, monkeypatch):
+    """After so many attempts it is an error that says how to continue; what was written is kept."""
+    monkeypatch.setattr(sequence_level, "ATTEMPTS", 2)
+    trouble, message = DOWN[name]
     down = threading.Event()
     down.set()
 
     def reply(body: dict[str, Any], _: int) -> Any:
-        bad = down.is_set() and word_of(body) == "5"
-        return status(500, "out of memory") if bad else completion(word_of(body))
+        return trouble if down.is_set() and word_of(body) == "5" else completion(word_of(body))
 
     server = serve(reply)
     words = [str(i) for i in range(8)]
-    with pytest.raises(UsageError, match=r"3 times .* \(500\) .*out of memory.*start the same co"):
-        ask(server, words, api_concurrency=1)
-    assert Counter(word_of(b) for _, b in server.log) == {**dict.fromkeys("01234", 1), "5": 3}
+    flags = {"api_timeout": 1.0} if name == "no answer" else {}
+    with pytest.raises(UsageError, match=f"{message}.*start the same command later"):
+        ask(server, words, api_concurrency=1, **flags)
+    counts = Counter(word_of(b) for _, b in server.log)
+    assert counts == {**dict.fromkeys("01234", 1), "5": 2}
     down.clear()
     assert [a.text for a in ask(server, words)] == words
-    counts = Counter(word_of(b) for _, b in server.log)
-    assert counts == {**dict.fromkeys("0123467", 1), "5": 4}
+    again = Counter(word_of(b) for _, b in server.log) - counts
+    assert again == dict.fromkeys("567", 1)
 
 
 # ------------------------------------------------------------------------------- what does not
@@ -350,9 +345,8 @@ def test_a_server_that_stays_down(serve, ask, monkeypatch, tmp_path):
         (status(404, "unknown model m"), r"has no model m, .*: \(404\).*unknown model m"),
         (status(400, "context too long"), r"refuses the request: \(400\).*context too long"),
         (status(402, "no money"), r"refuses the request: \(402\)"),
-        ((429, {}, b'{"error": {"code": "insufficient_quota", "message": "pay"}}'),
-         r"refuses the request: \(429\).*pay"),
-        (status(429, "later", Retry_After="86400"), "left alone for 86400 seconds: start the same"),
+        (status(429, "later", Retry_After="86400"),
+         r"does not recover: \(429\).*later; start the same command later"),
     ],
 )  # fmt: skip
 def test_refusals_are_errors_at_once(reply, words, serve, ask, tmp_path):
@@ -363,6 +357,13 @@ def test_refusals_are_errors_at_once(reply, words, serve, ask, tmp_path):
     assert len(server.log) <= 4
     assert KEY[:12] not in str(refused.value) and refused.value.__cause__ is None
     assert text_lines(tmp_path / "cache") == []
+
+
+def test_an_empty_account_is_a_refusal(serve, ask):
+    """The client asks again, as after any 429; in the end it is no matter of waiting."""
+    reply = 429, {}, b'{"error": {"code": "insufficient_quota", "message": "pay"}}'
+    with pytest.raises(UsageError, match=r"refuses the request: \(429\).*pay"):
+        ask(serve(lambda *_: reply), ["a"])
 
 
 def test_a_missing_key_is_named(serve, ask, monkeypatch):
@@ -418,14 +419,12 @@ def teacher_of(cache: Path) -> Callable[[dict[str, Any], int], Any]:
     texts = []
     for file in files:  # the samples for the evaluation, and the greedy text for everything
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        texts.append({line["prompt"]: line for line in lines})
+        texts.append({json.dumps(line["messages"]): line for line in lines})
     sampled, greedy = texts
-    tokenizer = AutoTokenizer.from_pretrained(common.DATA / "teacher")
 
     def reply(body: dict[str, Any], _: int) -> dict[str, Any]:
-        asked = common.render(tokenizer, body["messages"], prompt=True)
-        line = (sampled if body["temperature"] else greedy)[asked]
-        return completion(line["response"], line["finish_reason"])
+        line = (sampled if body["temperature"] else greedy)[json.dumps(body["messages"])]
+        return completion(line["text"], "stop" if line["finished"] else "length")
 
     return reply
 
@@ -434,14 +433,15 @@ def api_flags(server: Server, **changes: object) -> dict[str, object]:
     return {"api_base_url": server.url, "api_model": "data/teacher", **changes}
 
 
-def test_equal_text_gives_equal_weights(uncut, serve, tmp_path, monkeypatch):  # noqa: F811
+def test_equal_text_gives_equal_weights(whole_run, serve, tmp_path, monkeypatch):  # noqa: F811
     """The same answers, over HTTP: the student is that of the local teacher, bit for bit."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    server = serve(teacher_of(uncut.parent / "cache"))
+    server = serve(teacher_of(whole_run.parent / "cache"))
     run = in_process(sequence_level, tmp_path / "run", **api_flags(server, api_concurrency=4))
-    assert_same_student(run, uncut)
-    assert (run / "completions.jsonl").read_text() == (uncut / "completions.jsonl").read_text()
-    ours, theirs = results(run), results(uncut)
+    assert_same_student(run, whole_run)
+    ours, theirs = ((r / "completions.jsonl").read_text() for r in (run, whole_run))
+    assert ours == theirs
+    ours, theirs = results(run), results(whole_run)
     assert ours["teacher"]["exact_match"] == theirs["teacher"]["exact_match"]
     assert "nats_per_token" not in ours["teacher"] and "kl_to_teacher" not in ours["after"]
     assert ours["after"]["bits_per_byte"] == pytest.approx(theirs["after"]["bits_per_byte"])
@@ -449,45 +449,49 @@ def test_equal_text_gives_equal_weights(uncut, serve, tmp_path, monkeypatch):  #
     assert not list((tmp_path / "cache").glob("states/*"))
 
 
-def test_killed_while_the_server_writes(uncut, serve, tmp_path):  # noqa: F811
-    """What was recorded is not asked for again; at most --api-concurrency answers are."""
-    teacher, concurrency = teacher_of(uncut.parent / "cache"), 4
+def test_killed_while_the_server_writes(whole_run, serve, tmp_path):  # noqa: F811
+    """What was recorded is not asked again; --api-concurrency answers are lost in each kill."""
+    teacher, concurrency = teacher_of(whole_run.parent / "cache"), 4
+    permits = threading.Semaphore(0)  # answers that the server may give
 
     def reply(body: dict[str, Any], _: int) -> dict[str, Any]:
-        time.sleep(0.02)
+        permits.acquire()
         return teacher(body, 0)
 
     server = serve(reply)
     flags = api_flags(server, api_concurrency=concurrency, output_dir="run", cache_dir="cache")
     words = [w for name, v in flags.items() for w in (f"--{name.replace('_', '-')}", str(v))]
     command = [sys.executable, str(ROOT / "sequence_level.py"), *WORDS, *words, "--resume"]
-    environment = {**os.environ, **ONE_THREAD, "OPENAI_API_KEY": KEY}
-    for enough in (15, 40):
+    environment = {**os.environ, **UNBUFFERED, "OPENAI_API_KEY": KEY}
+    asked = recorded = 0
+    for answers in (15, 25):
+        permits.release(answers)
+        asked += answers + concurrency
+        recorded += answers
         process = subprocess.Popen(
             command, cwd=tmp_path, env=environment,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        assert wait_for(process, lambda enough=enough: len(server.log) >= enough)
+        # Killed when the answers have come and the next requests are under way, as many as may be.
+        assert wait_for(process, lambda asked=asked: len(server.log) == asked)
         process.kill()
         process.wait()
-    time.sleep(0.1)
-    recorded = len(text_lines(tmp_path / "cache"))
-    assert 40 - 2 * concurrency <= recorded < 64
-    done = run_script(
-        "sequence_level.py", *command[2:], cwd=tmp_path, **ONE_THREAD, OPENAI_API_KEY=KEY
-    )
+        assert len(text_lines(tmp_path / "cache")) == recorded
+        permits.release(concurrency)  # for the requests of the killed process
+    permits.release(1000)
+    done = run_script("sequence_level.py", *command[2:], cwd=tmp_path, OPENAI_API_KEY=KEY)
     assert done.returncode == 0, done.stderr
     lines = text_lines(tmp_path / "cache")
     counts = Counter((str(b["messages"]), b["temperature"]) for _, b in server.log)
-    # Per temperature: 64 + 8 words greedy, the 8 of the evaluation sampled, each recorded once.
+    # 64 + 8 words greedy, and the 8 of the evaluation sampled, each recorded once.
     assert len(counts) == len(lines) == 64 + 8 + 8
-    assert sum(counts.values()) <= len(lines) + 2 * concurrency  # two cuts
-    assert_same_student(tmp_path / "run", uncut)
+    assert sum(counts.values()) == len(lines) + 2 * concurrency
+    assert_same_student(tmp_path / "run", whole_run)
 
 
-def test_the_key_is_nowhere(uncut, serve, tmp_path):  # noqa: F811
+def test_the_key_is_nowhere(whole_run, serve, tmp_path, monkeypatch, capfd):  # noqa: F811
     """Not in the run, the cache or the output, though the server keeps repeating it."""
-    teacher = teacher_of(uncut.parent / "cache")
+    teacher = teacher_of(whole_run.parent / "cache")
 
     def reply(body: dict[str, Any], n: int) -> Any:
         return teacher(body, n) if n or len(server.log) % 9 else status(500, f"key {KEY} fails")
@@ -495,18 +499,19 @@ def test_the_key_is_nowhere(uncut, serve, tmp_path):  # noqa: F811
     server = serve(reply)
     flags = ["--api-base-url", server.url, "--api-model", "data/teacher", "--cache-dir", "cache"]
     done = run_script(
-        "sequence_level.py", *WORDS, *flags, cwd=tmp_path, **ONE_THREAD, OPENAI_API_KEY=KEY,
-        OPENAI_LOG="debug",
-    )  # fmt: skip
+        "sequence_level.py", *WORDS, *flags, cwd=tmp_path, OPENAI_API_KEY=KEY, OPENAI_LOG="debug"
+    )
     assert done.returncode == 0, done.stderr
-    assert len(server.log) > 80 and "key [key] fails" in done.stderr
+    assert len(server.log) > 80 and "Retrying request" in done.stderr
     server.reply = lambda *_: status(401, f"Incorrect API key provided: {KEY}")
-    refused = run_script(
-        "sequence_level.py", *WORDS, *flags, "--seed", "1", "--max-new-tokens", "9",
-        cwd=tmp_path, **ONE_THREAD, OPENAI_API_KEY=KEY,
-    )  # fmt: skip
-    assert refused.returncode == 2 and "provided: [key]" in refused.stderr
-    said = done.stdout + done.stderr + refused.stdout + refused.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(sys, "argv", ["", *WORDS, *flags, "--max-new-tokens", "9"])
+    with pytest.raises(SystemExit) as ended:
+        common.launch(sequence_level.main, sequence_level.Arguments, "")
+    refused = capfd.readouterr()
+    assert ended.value.code == 2 and "provided: [key]" in refused.err
+    said = done.stdout + done.stderr + refused.out + refused.err
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert len(files) > 10 and any(p.name == "args.json" for p in files)
     for secret in (KEY, KEY[:12], KEY[-12:]):
@@ -514,13 +519,13 @@ def test_the_key_is_nowhere(uncut, serve, tmp_path):  # noqa: F811
         assert not [p for p in files if secret.encode() in p.read_bytes()]
 
 
-def test_a_server_teaches_a_student_with_another_tokenizer(uncut, serve, tmp_path, monkeypatch):  # noqa: F811
+def test_a_server_teaches_another_tokenizer(whole_run, serve, tmp_path, monkeypatch):  # noqa: F811
     """Neither side knows the other's tokens: text in, text out."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    server = serve(teacher_of(uncut.parent / "cache"))
+    server = serve(teacher_of(whole_run.parent / "cache"))
     other = {"student": str(common.DATA / "student_other_tokenizer")}
     run = in_process(sequence_level, tmp_path / "run", **api_flags(server, **other))
     local = in_process(
-        sequence_level, tmp_path / "local", cache_dir=str(uncut.parent / "cache"), **other
+        sequence_level, tmp_path / "local", cache_dir=str(whole_run.parent / "cache"), **other
     )
     assert_same_student(run, local)

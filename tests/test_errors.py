@@ -7,6 +7,7 @@ Below the errors stand the odd inputs that are valid and must train.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -155,6 +156,8 @@ CASES = [
     Case("skew 1", "--skew 1", ["--skew", "[0, 1)"]),
     Case("skew with jsd", "--skew 0.1 --kl jsd", ["--skew", "jsd"]),
     Case("top-p 0", "--top-p 0", ["--top-p", "(0, 1]"]),
+    Case("resume nothing", "--resume", ["--resume", "--output-dir"]),
+    Case("resume and overwrite", "--resume --overwrite --output-dir mine", ["--resume", "choose"]),
     Case("nothing to train", "--epochs 0 --max-steps -1", ["--epochs", "--max-steps"]),
     # data
     Case("no data set", "--dataset nosuch.jsonl", ["nosuch.jsonl", "No such file"]),
@@ -196,10 +199,16 @@ CASES = [
          jsonl(A, {"prompt": "night"}, B)),
     Case("unknown role", "--dataset bad.jsonl", ["bad.jsonl:2", "template", "narrator"],
          jsonl(A, {"messages": [{"role": "narrator", "content": "night"}]})),
-    Case("json no list", "--dataset bad.json", ["bad.json", "list"],
-         prepare=write("bad.json", b'{"prompt": "night"}')),
-    Case("json malformed", "--dataset bad.json", ["bad.json:3", "not JSON"],
+    Case("one object over several lines", "--dataset bad.json", ["bad.json:1", "not JSON"],
+         prepare=write("bad.json", b'{\n"prompt": "night"\n}')),
+    Case("malformed array", "--dataset bad.json", ["bad.json:3", "not JSON"],
          prepare=write("bad.json", b'[\n{"prompt": "night"},\n{"prompt" "train"}\n]')),
+    Case("row of an array", "--dataset bad.json", ["bad.json: row 2", "content", "null"],
+         prepare=write("bad.json", json.dumps([A, {"messages": [{"role": "user"}]}]).encode())),
+    Case("no gzip inside", "--dataset bad.jsonl.gz", ["bad.jsonl.gz", "gzip"],
+         prepare=write("bad.jsonl.gz", jsonl(A, B))),
+    Case("truncated gzip", "--dataset bad.jsonl.gz", ["cannot read bad.jsonl.gz", "ended before"],
+         prepare=write("bad.jsonl.gz", gzip.compress(jsonl(A, B))[:-12])),
     Case("csv without columns", "--dataset bad.csv", ["bad.csv", "prompt", "not null"],
          prepare=write("bad.csv", b"question,answer\nnight,N AY1 T\n")),
     Case("no parquet inside", "--dataset bad.parquet", ["bad.parquet"],
@@ -208,7 +217,7 @@ CASES = [
     Case("nothing left to train on", "--dataset bad.jsonl --eval-size 2",
          ["--eval-size 2", "2 rows", "bad.jsonl"], jsonl(A, B)),
     # models
-    Case("longer than the model", "--max-length 513", ["--max-length 513", "student", "512"]),
+    Case("longer than the model", "--max-length 513", ["--max-length 513", "teacher", "512"]),
     Case("empty directory", "--student broken", ["broken"],
          prepare=lambda tmp: (tmp / "broken").mkdir()),
     Case("directory without a model", "--student broken", ["broken", "no model", "config.json"],
@@ -240,6 +249,8 @@ CASES = [
     # directories
     Case("output in use", "--output-dir mine", ["mine", "not empty", "--overwrite"],
          prepare=full_directory("args.json")),
+    Case("resume what is not ours", "--output-dir mine --resume",
+         ["--resume", "mine", "args.json"], prepare=full_directory("thesis.tex")),
     Case("output is a file", "--output-dir mine", ["--output-dir", "mine"],
          prepare=write("mine", b"")),
     Case("overwrite what is not ours", "--output-dir mine --overwrite",
@@ -248,10 +259,8 @@ CASES = [
     Case("cache cannot be written", "--cache-dir good.jsonl/cache", ["good.jsonl", "write"]),
     Case("corrupt cache", "", [".jsonl:2", "corrupt", "delete"], prepare=damaged_cache),
 ]  # fmt: skip
-SUBPROCESS = {
-    "unknown flag", "malformed line", "a tensor is missing", "hub id offline", "corrupt cache",
-    "overwrite what is not ours", "csv without columns", "other vocabulary",
-}  # fmt: skip
+# An early one, and those where a library prints or logs something of its own.
+SUBPROCESS = {"unknown flag", "no parquet inside", "a tensor is missing", "hub id offline"}
 
 
 def launch(tmp: Path, flags: str) -> tuple[int, str, str]:
@@ -298,7 +307,10 @@ def check(case: Case, code: int, out: str, err: str, before: dict, after: dict) 
 
 
 def every_json_form(tmp: Path) -> list[str]:
-    """JSON lines with a byte order mark, CRLF ends, blank lines, odd scripts and every form."""
+    """JSON Lines with a byte order mark, CRLF ends, blank lines, odd scripts and every form.
+
+    They are in a .json file, and an array is in a .jsonl file: the content decides.
+    """
     turn = {"role": "user", "content": "train"}
     answer = {"role": "assistant", "content": "T R EY1 N"}
     rows = [
@@ -315,10 +327,10 @@ def every_json_form(tmp: Path) -> list[str]:
         {"prompt": "cut", "response": "N AA1 L AH0 JH " * 20},
     ]
     text = "\r\n".join(json.dumps(row, ensure_ascii=i % 2 == 0) for i, row in enumerate(rows))
-    (tmp / "odd.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n\r\n")
-    (tmp / "eval.json").write_text(json.dumps([{"prompt": "night"}, {"prompt": "😀"}]))
+    (tmp / "odd.json").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n\r\n")
+    (tmp / "eval.jsonl").write_text(json.dumps([{"prompt": "night"}, {"prompt": "😀"}]))
     return [
-        "--dataset", "odd.jsonl", "--completions", "dataset", "--eval-dataset", "eval.json",
+        "--dataset", "odd.json", "--completions", "dataset", "--eval-dataset", "eval.jsonl",
         "--max-length", "100", "--max-steps", "2", "--max-new-tokens", "4", "--warmup-steps", "1",
         "--batch-size", "9", "--micro-batch-size", "2", "--output_dir", "named",
     ]  # fmt: skip
@@ -344,13 +356,12 @@ ODD = [every_json_form, tables]
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory) -> Iterator[dict[str, tuple[Path, dict, Future]]]:
-    """The SUBPROCESS cases and the valid runs, two at a time, while the other cases run."""
-    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    """The SUBPROCESS cases and the valid runs, two at a time."""
     started = {}
     with ThreadPoolExecutor(2) as pool:
 
         def start(name: str, tmp: Path, before: dict, flags: Sequence[str]) -> None:
-            job = pool.submit(run_script, "token_level.py", *flags, cwd=tmp, **environment)
+            job = pool.submit(run_script, "token_level.py", *flags, cwd=tmp)
             started[name] = tmp, before, job
 
         for case in CASES:
@@ -400,17 +411,36 @@ def test_odd_but_valid(odd: Callable, processes: dict):
     results = json.loads((tmp / "named" / "results.json").read_text())
     if odd is every_json_form:
         assert "9 examples" in done.stdout, done.stdout
-        assert "2 prompts left out" in done.stdout and "1 responses cut" in done.stdout
+        assert "\n2 of 11 prompts left out, as they do not fit into --max-length 100\n" in (
+            "\n" + done.stdout
+        )
+        assert done.stdout.count("left out") == 1 and "1 responses cut" in done.stdout
         assert results["evaluation"] == {"rows": 2, "unreferenced_rows": 2}
         assert "2 of 2 evaluation rows have no reference" in done.stdout
         assert not (tmp / "runs" / "token_level").exists()
     else:
-        assert "4 examples" in done.stdout and "0 prompts left out" in done.stdout
+        assert "4 examples" in done.stdout and "left out" not in done.stdout
         assert results["evaluation"] == {"rows": 3, "unreferenced_rows": 1}
         text = "".join(f.read_text() for f in (tmp / "runs" / "cache").rglob("*.jsonl"))
-        prompts = [json.loads(line)["prompt"] for line in text.splitlines()]
+        asked = [json.loads(line)["messages"] for line in text.splitlines()]
         for cell in ("null", "42", 'a "b", c', "NaN"):
-            assert f"<|user|>{cell}<|end|><|assistant|>" in prompts
+            assert [{"role": "user", "content": cell}] in asked
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.ndjson", "a.jsonl.gz", "a.json.gz"])
+def test_json_is_read_whatever_the_file_is_called(name: str, tmp_path: Path):
+    """Lines or an array, with or without gzip: the same conversations, each with its place."""
+    compress = gzip.compress if name.endswith(".gz") else bytes
+    loaded = {}
+    for form, data in (("lines", jsonl(*GOOD)), ("array", json.dumps(GOOD, indent=2).encode())):
+        (tmp_path / name).write_bytes(compress(data))
+        loaded[form] = common.load_conversations(str(tmp_path / name))
+    for i, pair in enumerate(zip(*loaded.values(), strict=True)):
+        assert [c.messages[0]["content"] for c in pair] == [WORDS[i]] * 2
+        assert [c.response for c in pair] == [GOOD[i]["response"]] * 2
+        assert [c.source.removeprefix(str(tmp_path / name)) for c in pair] == [
+            f":{i + 1}", f": row {i + 1}"
+        ]  # fmt: skip
 
 
 def test_run_directories_are_numbered_or_replaced(tmp_path: Path):

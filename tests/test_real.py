@@ -1,4 +1,4 @@
-"""A chat model that nobody here made: SmolLM2-135M-Instruct teaching an 8-layer cut of itself."""
+"""A third-party chat model: SmolLM2-135M-Instruct teaches a copy of itself cut to 8 layers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from conftest import run_script
 
 import common
+import token_level
 
 MODELS = Path(os.environ.get("DISTIL_REAL_MODELS", "nowhere"))
 
@@ -24,13 +25,13 @@ pytestmark = [
 
 
 def test_real_pair_learns(tmp_path):
-    """Its own template, chat prompts, answers of its own: held-out KL falls within 12 steps."""
+    """On chat prompts and the teacher's answers, the held-out KL falls within 12 steps."""
     done = run_script(
         "token_level.py", "--teacher", MODELS / "smollm2", "--student", MODELS / "smollm2-8l",
         "--dataset", common.DATA / "chat.jsonl", "--max-rows", "72", "--eval-size", "8",
         "--max-new-tokens", "48", "--batch-size", "8", "--micro-batch-size", "4",
         "--max-steps", "12", "--warmup-steps", "2", "--learning-rate", "3e-4", "--eval-steps", "4",
-        "--output-dir", "run", cwd=tmp_path, timeout=900,
+        "--output-dir", "run", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "8 of 8 evaluation rows have no reference" in done.stdout
@@ -42,17 +43,15 @@ def test_real_pair_learns(tmp_path):
 
 def test_template_without_generation_marks():
     """SmolLM2's template has none: spans come from prefixes, and end with the end-of-turn token."""
-    tokenizer = common.load_tokenizer(str(MODELS / "smollm2"), "main", None)
-    model = common.load_model(
-        str(MODELS / "smollm2-8l"), tokenizer, revision="main", dtype=torch.float32,
-        compute_dtype=torch.float32, attention=None, device=torch.device("cpu"), cache_dir="cache",
-    )  # fmt: skip
+    args = token_level.Arguments(student=str(MODELS / "smollm2-8l"))
+    model = common.open_model(args, torch.device("cpu"), "student")
     turns = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello. 👋🏽 שלום"},
         {"role": "user", "content": "Bye"},
         {"role": "assistant", "content": "Goodbye."},
     ]
-    ids, targets = common.encode_conversation(model, turns)
-    wanted = [ids[i] for i in targets]
-    assert tokenizer.decode(wanted) == "Hello. 👋🏽 שלום<|im_end|>Goodbye.<|im_end|>"
+    ids, targets = common.tokenize_conversation(model, turns)
+    assert model.tokenizer.decode([ids[i] for i in targets]) == (
+        "Hello. 👋🏽 שלום<|im_end|>Goodbye.<|im_end|>"
+    )

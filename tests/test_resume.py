@@ -1,52 +1,49 @@
-"""A run that is cut, wherever, and resumed ends as one that was never cut."""
+"""A run that is killed or stopped at any moment and resumed equals one that was not interrupted."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from conftest import ROOT, run_script, tiny_model, wait_for
+from conftest import ROOT, run_in_process, run_script, tiny_model, wait_for
 from safetensors.torch import load_file
 
 import common
 import token_level
 
-STEPS = 24
+STEPS = 40
 FLAGS = {
     "max_rows": 64, "batch_size": 8, "micro_batch_size": 4, "max_steps": STEPS, "eval_size": 8,
-    "eval_steps": 5, "save_steps": 4, "logging_steps": 3, "generation_batch_size": 8,
+    "eval_steps": 10, "save_steps": 4, "logging_steps": 3, "generation_batch_size": 8,
 }  # fmt: skip
 WORDS = [w for name, value in FLAGS.items() for w in (f"--{name.replace('_', '-')}", str(value))]
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+UNBUFFERED = {"PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="module")
-def uncut(tmp_path_factory):
-    """A run that nothing interrupts, and the text cache that it filled."""
-    directory = tmp_path_factory.mktemp("uncut")
-    done = run_script("token_level.py", *WORDS, "--output-dir", "run", cwd=directory, **ONE_THREAD)
+def whole_run(tmp_path_factory) -> Path:
+    """The directory of a whole run; the cache that it filled is beside it, in runs/cache."""
+    directory = tmp_path_factory.mktemp("whole_run")
+    done = run_script("token_level.py", *WORDS, "--output-dir", "run", cwd=directory)
     assert done.returncode == 0, done.stderr
     return directory / "run"
 
 
 def in_process(output_dir: Path, **changes: object) -> None:
-    """`token_level.main`, which saves the seconds that a process takes to start."""
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-    torch.set_num_threads(1)
     cache = str(output_dir.parent / "cache")
     flags = {"cache_dir": cache, **FLAGS, "output_dir": str(output_dir), **changes}
-    token_level.main(token_level.Arguments(**flags))
+    run_in_process(token_level, **flags)
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -54,35 +51,44 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
 
 
-def assert_same(run: Path, other: Path, steps: int = STEPS) -> None:
-    """Weights and optimizer state bit for bit, and the same lines of metrics, each once."""
+def assert_same(run: Path, expected: Path, steps: int = STEPS) -> None:
+    """Equal weights and optimizer state, bit for bit, and equal metrics, each line once."""
     last = Path("checkpoints") / f"step-{steps:06}"
     for file in (Path("final") / "model.safetensors", last / "model.safetensors"):
-        ours, theirs = load_file(run / file), load_file(other / file)
+        ours, theirs = load_file(run / file), load_file(expected / file)
         assert ours.keys() == theirs.keys()
         assert all(v.dtype == torch.float32 and torch.equal(v, theirs[k]) for k, v in ours.items())
-    ours, theirs = (torch.load(r / last / "optimizer.bin", weights_only=True) for r in (run, other))
+    ours, theirs = (
+        torch.load(r / last / "optimizer.bin", weights_only=True) for r in (run, expected)
+    )
     assert ours["param_groups"] == theirs["param_groups"]
     assert ours["state"].keys() == theirs["state"].keys()
     for i, state in ours["state"].items():
         assert all(torch.equal(v, theirs["state"][i][k]) for k, v in state.items())
-    assert metrics(run) == metrics(other)
+    assert metrics(run) == metrics(expected)
     trained = [line["step"] for line in metrics(run) if "train/loss" in line]
     assert trained == list(range(1, steps + 1))
 
 
-def begin(directory: Path, *flags: str, **streams: object) -> subprocess.Popen[bytes]:
+def begin(
+    directory: Path, flags: Sequence[str] = ("--output-dir", "run"), **streams: object
+) -> subprocess.Popen[bytes]:
+    """Start token_level.py; what it prints goes to out.txt."""
     with open(directory / "out.txt", "wb") as out:
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "token_level.py"), *WORDS, "--output-dir", "run", *flags],
-            cwd=directory, env={**os.environ, **ONE_THREAD},
+            [sys.executable, str(ROOT / "token_level.py"), *WORDS, *flags],
+            cwd=directory, env={**os.environ, **UNBUFFERED},
             **{"stdout": out, "stderr": subprocess.STDOUT, **streams},
         )  # fmt: skip
 
 
-def test_killed_at_many_moments(uncut, tmp_path):
+RESUME = ("--output-dir", "run", "--resume")
+
+
+def test_killed_at_many_moments(whole_run, tmp_path):
     chance = random.Random(0)
     run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    cache = tmp_path / "runs" / "cache"
 
     def printed(text: str) -> bool:
         return text in (tmp_path / "out.txt").read_text()
@@ -93,92 +99,90 @@ def test_killed_at_many_moments(uncut, tmp_path):
         lines = [json.loads(line) for line in text.split(b"\n")[:-1]]
         return bool(lines) and "train/loss" in lines[-1] and lines[-1]["step"] >= step
 
-    def written() -> int:
-        return sum(
-            p.read_bytes().count(b"\n") for p in (tmp_path / "runs/cache/text").glob("*.jsonl")
-        )
+    def lines_of_text() -> int:
+        return sum(p.read_bytes().count(b"\n") for p in cache.glob("text/*.jsonl"))
 
     began = time.monotonic()
     pause = chance.uniform(0.2, 2)
-    moments = {
+    moments: dict[str, Callable[[], bool]] = {
         "loading": lambda: time.monotonic() > began + pause,
-        "generating": lambda: written() >= chance.randrange(8, 56),
-        "teacher's evaluation": lambda: printed("training text"),
+        "generating": lambda: lines_of_text() >= chance.randrange(8, 56),
+        "writing teacher states": lambda: len(list(cache.glob("states/*/*"))) >= 12,
         "training, no checkpoint": lambda: reached(3),
-        "saving": lambda: any(checkpoints.glob("step-*")),  # .part, unless that was too quick
+        "saving": lambda: any(checkpoints.glob("step-*")),  # partial, unless the poll came late
         "training": lambda: reached(7),
         "evaluating": lambda: reached(10),
         "resumed, loading": lambda: printed("run directory"),
-        "training later": lambda: reached(chance.randrange(15, 22)),
+        "training later": lambda: reached(chance.randrange(21, 36)),
         "last evaluation": (checkpoints / f"step-{STEPS:06}").exists,
     }
     for name, moment in moments.items():
-        process = begin(tmp_path, "--resume")
+        process = begin(tmp_path, RESUME)
         came = wait_for(process, moment)
         time.sleep(chance.uniform(0, 0.02))
         process.kill()
         process.wait()
-        assert came, f"{name}: {(tmp_path / 'out.txt').read_text()}"
-    process = begin(tmp_path, "--resume")
-    came = wait_for(process, (run / "final").exists)  # so short that it may be missed
+        assert came or moment(), f"{name}: {(tmp_path / 'out.txt').read_text()}"
+    process = begin(tmp_path, RESUME)
+    wait_for(process, (run / "final").exists)  # for so short a time that the poll may miss it
     process.kill()
     process.wait()
     if not (run / "results.json").exists():
-        assert begin(tmp_path, "--resume").wait() == 0, (tmp_path / "out.txt").read_text()
-    assert_same(run, uncut)
-    results = [json.loads((r / "results.json").read_text()) for r in (run, uncut)]
+        assert begin(tmp_path, RESUME).wait() == 0, (tmp_path / "out.txt").read_text()
+    assert_same(run, whole_run)
+    results = [json.loads((r / "results.json").read_text()) for r in (run, whole_run)]
     assert results[0]["after"] == results[1]["after"]
     assert results[0]["before"] == results[1]["before"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_says_how_to_go_on(number, code, uncut, tmp_path):
-    shutil.copytree(uncut.parent / "runs", tmp_path / "runs")
-    process = begin(tmp_path)
-    assert wait_for(process, (tmp_path / "run" / "checkpoints" / "step-000004").exists)
-    process.send_signal(number)
-    assert process.wait() == code
-    said = (tmp_path / "out.txt").read_text().splitlines()[-1]
-    assert said.startswith("stopped after step")
-    command = said.partition("to go on: python token_level.py ")[2].split()
-    assert command[-3:] == ["--output-dir", "run", "--resume"]
-    done = run_script("token_level.py", *command, cwd=tmp_path, **ONE_THREAD)
-    assert done.returncode == 0, done.stderr
-    assert "resumed from" in done.stdout
-    assert_same(tmp_path / "run", uncut)
-
-
-def test_the_reader_of_a_pipe_may_be_gone(uncut, tmp_path):
-    """Ctrl-C ends the `tee` behind the run too: what is left to say goes to stderr."""
-    shutil.copytree(uncut.parent / "runs", tmp_path / "runs")
-    with open(tmp_path / "err.txt", "wb") as err:
-        process = begin(tmp_path, stdout=subprocess.PIPE, stderr=err)
-    assert wait_for(process, (tmp_path / "run" / "checkpoints" / "step-000004").exists)
-    process.stdout.close()
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
-    said = (tmp_path / "err.txt").read_text()
-    assert "Traceback" not in said
-    assert said.splitlines()[-1].startswith("stopped after step")
-
-
-def test_a_second_interrupt_ends_the_run_at_once(uncut, tmp_path):
-    """No checkpoint of its own, no traceback; --resume goes on from the one before."""
-    shutil.copytree(uncut.parent / "runs", tmp_path / "runs")
-    process = begin(tmp_path)
+def test_signals_end_the_run_with_a_checkpoint(whole_run, tmp_path):
+    """SIGTERM; Ctrl-C, which ends the reader of the pipe too; Ctrl-C twice: each is resumed."""
+    shutil.copytree(whole_run.parent / "runs", tmp_path / "runs")
     checkpoints = tmp_path / "run" / "checkpoints"
-    assert wait_for(process, (checkpoints / "step-000004").exists)
-    os.kill(process.pid, signal.SIGSTOP)  # so that both signals meet the same step
+
+    def last_checkpoint() -> int:
+        return max((int(p.parent.name[5:]) for p in checkpoints.glob("*/state.json")), default=0)
+
+    def wait_for_checkpoint_after(step: int, process: subprocess.Popen[bytes]) -> None:
+        assert wait_for(process, lambda: last_checkpoint() > step), said()
+
+    def said(file: str = "out.txt") -> str:
+        return (tmp_path / file).read_text()
+
+    process = begin(tmp_path)
+    wait_for_checkpoint_after(0, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    last_line = said().splitlines()[-1]
+    stopped_after = last_checkpoint()
+    assert last_line.startswith(f"stopped after step {stopped_after}; to continue: python token_")
+    command = shlex.split(last_line.partition("python token_level.py ")[2])
+    assert command[-3:] == ["--output-dir", "run", "--resume"]
+
+    with open(tmp_path / "err.txt", "wb") as err:
+        process = begin(tmp_path, command, stdout=subprocess.PIPE, stderr=err)
+    assert any(line.startswith(b"resumed from run/checkpoints") for line in process.stdout)
+    wait_for_checkpoint_after(stopped_after, process)
+    process.stdout.close()  # as when the same Ctrl-C ends a `tee` behind the run
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 128 + signal.SIGINT
+    assert "Traceback" not in said("err.txt")
+    assert said("err.txt").splitlines()[-1].startswith("stopped after step")
+    assert last_checkpoint() > stopped_after
+
+    process = begin(tmp_path, RESUME)
+    wait_for_checkpoint_after(last_checkpoint(), process)
+    os.kill(process.pid, signal.SIGSTOP)  # so that both signals arrive during the same step
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         os.kill(process.pid, signal.SIGCONT)
         time.sleep(0.005)
-    assert process.wait() == 130
-    said = (tmp_path / "out.txt").read_text()
-    assert "Traceback" not in said
-    assert said.splitlines()[-1] == "interrupted" or "stopped after step" in said
-    assert begin(tmp_path, "--resume").wait() == 0, (tmp_path / "out.txt").read_text()
-    assert_same(tmp_path / "run", uncut)
+    assert process.wait() == 128 + signal.SIGINT
+    assert "Traceback" not in said()
+    assert said().splitlines()[-1] == "interrupted" or "stopped after step" in said()
+
+    assert begin(tmp_path, RESUME).wait() == 0, said()
+    assert_same(tmp_path / "run", whole_run)
 
 
 def arguments(output_dir: Path | None, **changes: object) -> token_level.Arguments:
@@ -186,47 +190,52 @@ def arguments(output_dir: Path | None, **changes: object) -> token_level.Argumen
     return token_level.Arguments(**{**FLAGS, "cache_dir": "runs/cache", **named, **changes})
 
 
-def test_what_cannot_be_resumed(uncut, tmp_path, monkeypatch):
-    cut = tmp_path / "runs" / "token_level-some-flags"
-    shutil.copytree(uncut, cut, ignore=shutil.ignore_patterns("results.json"))
-    monkeypatch.chdir(tmp_path)
-    assert common.find_run("token_level", arguments(cut)) == cut
-    assert common.find_run("token_level", arguments(cut, eval_steps=7, save_steps=1)) == cut
-    assert common.find_run("token_level", arguments(None)) == cut.relative_to(tmp_path)
-    with pytest.raises(common.UsageError, match=r"begun with --temperature 1.0, not 2.0"):
-        common.find_run("token_level", arguments(cut, temperature=2.0))
-    with pytest.raises(common.UsageError, match="no run in runs/ was begun with these"):
-        common.find_run("token_level", arguments(None, temperature=2.0))
-    with pytest.raises(common.UsageError, match="a run of token_level"):
-        common.find_run("on_policy", arguments(cut))
-    with pytest.raises(common.UsageError, match="is finished"):
-        common.find_run("token_level", arguments(uncut))
-    with pytest.raises(common.UsageError, match="no run of this suite"):
-        common.find_run("token_level", arguments(ROOT))
-    with pytest.raises(common.UsageError, match="choose one"):
-        common.check_arguments(arguments(cut, overwrite=True))
-
-
-def test_old_checkpoints_are_removed_and_corrupt_ones_named(uncut, tmp_path):
-    names = sorted(p.name for p in (uncut / "checkpoints").iterdir())
-    assert names == ["before.json", "step-000020", "step-000024"]
+def test_what_cannot_be_resumed(whole_run, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(uncut, run, ignore=shutil.ignore_patterns("results.json"))
-    shutil.copytree(uncut.parent / "runs" / "cache", tmp_path / "cache")
+    shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns("results.json"))
+    common.resume_conflict(run, "token_level", arguments(run))
+    common.resume_conflict(run, "token_level", arguments(run, eval_steps=7, save_steps=1))
+    refused = f"--resume cannot continue {run}: "
+    cases = [
+        ("token_level", arguments(run, temperature=2.0), "begun with --temperature 1.0, not 2.0"),
+        ("token_level", arguments(run, kl="reverse"), "begun with --kl forward, not reverse"),
+        ("on_policy", arguments(run), "it is a run of token_level.py"),
+    ]
+    for script, args, reason in cases:
+        with pytest.raises(common.UsageError) as conflict:
+            common.start(script, args)
+        assert str(conflict.value).startswith(refused) and reason in str(conflict.value)
+    with pytest.raises(common.UsageError, match="it is finished"):
+        common.start("token_level", arguments(whole_run))
+    with pytest.raises(common.UsageError, match=r"it has no readable args\.json"):
+        common.start("token_level", arguments(ROOT))
+    with pytest.raises(common.UsageError, match="choose one"):
+        common.check_arguments(arguments(run, overwrite=True))
+    with pytest.raises(common.UsageError, match="--resume needs --output-dir"):
+        common.check_arguments(arguments(None))
+
+
+def test_old_checkpoints_are_removed_and_corrupt_ones_named(whole_run, tmp_path):
+    last = f"step-{STEPS:06}"
+    names = sorted(p.name for p in (whole_run / "checkpoints").iterdir())
+    assert names == ["before.json", f"step-{STEPS - 4:06}", last]
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns("results.json"))
+    shutil.copytree(whole_run.parent / "runs" / "cache", tmp_path / "cache")
     for file in ("optimizer.bin", "model.safetensors", "state.json"):
-        broken = run / "checkpoints" / "step-000024" / file
+        broken = run / "checkpoints" / last / file
         broken.write_bytes(broken.read_bytes()[:-20])
-        with pytest.raises(common.UsageError, match=r"step-000024 is corrupt .* delete it"):
+        with pytest.raises(common.UsageError, match=rf"{last} is corrupt .* delete it"):
             in_process(run, resume=True)
-    shutil.rmtree(broken.parent)
-    (run / "checkpoints" / "step-000024.part").mkdir()
-    (run / "checkpoints" / "step-000024.part" / "model.safetensors").write_bytes(b"half")
+    # Without its state.json, which is written last, a checkpoint is partial and is removed.
+    broken.unlink()
+    (run / "checkpoints" / last / "left over").touch()
     with open(run / "metrics.jsonl", "a") as stream:
         stream.write('{"step": 21, "train')
     in_process(run, resume=True, save_total_limit=1)
-    assert_same(run, uncut)
-    left = sorted(p.name for p in (run / "checkpoints").iterdir())
-    assert left == ["before.json", "step-000024"]
+    assert_same(run, whole_run)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["before.json", last]
+    assert not (run / "checkpoints" / last / "left over").exists()
 
 
 def test_dropout_is_the_same_after_a_resume(tokenizer, tmp_path, monkeypatch):
@@ -241,13 +250,13 @@ def test_dropout_is_the_same_after_a_resume(tokenizer, tmp_path, monkeypatch):
 
     save = common.Run.save
 
-    def cut(run: common.Run, step: int) -> None:
+    def interrupt(run: common.Run, step: int) -> None:
         if step == 5:
             raise KeyboardInterrupt
         save(run, step)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common.Run, "save", cut)
+        patch.setattr(common.Run, "save", interrupt)
         in_process(tmp_path / "cut", **flags)
     in_process(tmp_path / "cut", **flags, resume=True)
     assert_same(tmp_path / "cut", tmp_path / "whole", 6)

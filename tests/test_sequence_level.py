@@ -1,47 +1,48 @@
-"""sequence_level.py: its loss, what it selects, what it learns, and that a cut costs nothing."""
+"""sequence_level.py: its loss, what it selects, what it learns, and what a kill costs: nothing."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from conftest import ROOT, run_script, wait_for
+from conftest import ROOT, run_in_process, run_script, wait_for
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import common
 import sequence_level
 import token_level
-from common import Answer, Conversation, Tokens, UsageError
+from common import Completion, Conversation, Example, Pair, Prompt, Tokens, UsageError
 
 FLAGS = {
     "max_rows": 64, "batch_size": 8, "micro_batch_size": 4, "max_steps": 12, "warmup_steps": 2,
     "eval_size": 8, "eval_steps": 0, "save_steps": 4, "generation_batch_size": 4,
 }  # fmt: skip
 WORDS = [w for name, value in FLAGS.items() for w in (f"--{name.replace('_', '-')}", str(value))]
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+UNBUFFERED = {"PYTHONUNBUFFERED": "1"}
 
 
-def in_process(script, output_dir: Path, **changes: object) -> Path:
-    """A script's `main`, which saves the seconds that a process takes to start."""
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-    torch.set_num_threads(1)
+def in_process(script: ModuleType, output_dir: Path, **changes: object) -> Path:
     cache = str(output_dir.parent / "cache")
-    flags = {"cache_dir": cache, **FLAGS, "output_dir": str(output_dir), **changes}
-    script.main(script.Arguments(**flags))
+    run_in_process(
+        script, **{"cache_dir": cache, **FLAGS, "output_dir": str(output_dir), **changes}
+    )
     return output_dir
 
 
-def assert_same_student(run: Path, other: Path) -> None:
-    ours, theirs = (load_file(r / "final" / "model.safetensors") for r in (run, other))
+def assert_same_student(run: Path, expected: Path) -> None:
+    ours, theirs = (load_file(r / "final" / "model.safetensors") for r in (run, expected))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
 
@@ -51,17 +52,22 @@ def results(run: Path) -> dict:
 
 
 def text_lines(directory: Path) -> list[dict]:
-    """What lies in the cache of teacher text, file by file, as it was finished."""
+    """The lines of the cached teacher text, in the order in which they were written."""
     files = sorted((directory / "text").glob("*.jsonl"))
     return [json.loads(line) for f in files for line in f.read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def uncut(tmp_path_factory) -> Path:
-    """A run as a user starts it, which nothing interrupts; the cache lies beside it."""
-    directory = tmp_path_factory.mktemp("uncut")
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory) -> Path:
+    """The directory of a run that a user starts and nothing interrupts; the cache is beside it."""
+    return run_once(tmp_path_factory.mktemp)
+
+
+@functools.cache  # test_api.py imports the fixture, and pytest would run it again there
+def run_once(make_directory: Callable[[str], Path]) -> Path:
+    directory = make_directory("whole_run")
     flags = (*WORDS, "--output-dir", "run", "--cache-dir", "cache")
-    done = run_script("sequence_level.py", *flags, cwd=directory, **ONE_THREAD)
+    done = run_script("sequence_level.py", *flags, cwd=directory)
     assert done.returncode == 0, done.stderr
     assert "training text: 64 of 64 answers kept (0 cut short, 0 too long, 0 empty, 0 du" in (
         done.stdout
@@ -80,8 +86,9 @@ def test_gradient_is_that_of_plain_cross_entropy(kind, tiny):
     student.compute_dtype = torch.float64
     examples = [Tokens([5, 9, 17, 30, 1], [2, 3, 4]), Tokens([7, 8, 40, 41, 42, 43, 1], [3, 6])]
     batch = common.collate(examples, torch.device("cpu"))
-    loss = sequence_level.SequenceLevelLoss(student)(batch)
+    loss, detached = sequence_level.SequenceLevelLoss(student)(batch)
     loss.backward()
+    assert detached == loss and not detached.requires_grad
     got = {n: p.grad.clone() for n, p in student.model.named_parameters()}
     student.model.zero_grad()
     plain = 0.0
@@ -99,21 +106,31 @@ def test_gradient_is_that_of_plain_cross_entropy(kind, tiny):
 # ------------------------------------------------------------------------------ the selection
 
 
-def selected(tiny, talks: list[Conversation], answers: list[Answer], **flags: object):
-    student = tiny("llama")
-    prompts = common.encode_for_both(talks, student, None, 100)
+class Scripted:
+    """A teacher without weights that returns given answers and notes what it was asked."""
+
+    def __init__(self, answers: list[Completion]) -> None:
+        self.answers, self.asked = answers, []
+
+    def complete(self, prompts: list[Prompt], args: Any, **sampling: Any) -> list[Completion]:
+        self.asked.append(([p.conversation.source for p in prompts], sampling))
+        return self.answers
+
+
+def selected(tiny, talks: list[Conversation], answers: list[Completion], **flags: object):
+    """The examples that are kept, the counts, and what the teacher was asked."""
+    pair = Pair(tiny("llama"), Scripted(answers))
+    prompts = common.tokenize_prompts(talks, pair, 100)
     args = sequence_level.Arguments(**flags)
-    asked = []
-
-    def write(prompts, **settings):
-        asked.append(([p.conversation.where for p in prompts], settings))
-        return answers
-
-    return sequence_level.select(prompts, student, None, write, args), asked
+    return *sequence_level.training_text(talks, prompts, pair, args), pair.teacher.asked
 
 
 def talk(word: str, *references: str) -> Conversation:
     return Conversation([{"role": "user", "content": word}], None, list(references), f"row {word}")
+
+
+def rows(examples: list[Example]) -> list[tuple[str, str]]:
+    return [(e.prompt.conversation.source, e.text) for e in examples]
 
 
 def test_what_is_selected(tiny):
@@ -123,37 +140,54 @@ def test_what_is_selected(tiny):
         ("B", False), (" \n", True),  # cut, empty
         ("A B", True), ("A " * 300, True),  # the first row's answer again, too long
     ]  # fmt: skip
-    answers = [Answer(text, finished, 3, None) for text, finished in said]
+    answers = [Completion(text, finished, 3, None) for text, finished in said]
     flags = {"samples_per_prompt": 2, "sampling_temperature": 0.7, "top_p": 0.9, "max_length": 200}
-    text, asked = selected(tiny, talks, answers, **flags)
+    examples, counts, asked = selected(tiny, talks, answers, **flags)
     assert asked == [
         (["row a", "row a", "row b", "row b", "row a", "row a"],
          {"temperature": 0.7, "top_p": 0.9, "purpose": "training text"})
     ]  # fmt: skip
-    assert text.selection == {
+    assert counts == {
         "written": 6, "kept": 2, "cut_short": 1, "too_long": 1, "empty": 1, "duplicates": 1,
     }  # fmt: skip
-    assert [(c.where, t) for c, t in text.rows] == [("row a", "A B"), ("row a", "A  B ")]
-    assert [e.where for e in text.examples] == ["row a", "row a"]
+    assert rows(examples) == [("row a", "A B"), ("row a", "A  B ")]
 
 
 def test_answers_that_match_a_reference(tiny):
     talks = [talk(w, "A B", "C") for w in "vwxyz"]
     said = ["C", "B A", "<think>\nA or C?\n</think>\n\nA  B", "<think>C</think>D", "A B C"]
-    answers = [Answer(text, True, 3, None) for text in said]
-    text, _ = selected(tiny, talks, answers, keep_matching=True)
-    assert [t for _, t in text.rows] == [said[0], said[2]]
-    assert text.selection["not_matching"] == 3
+    answers = [Completion(text, True, 3, None) for text in said]
+    examples, counts, _ = selected(tiny, talks, answers, keep_matching=True)
+    assert [e.text for e in examples] == [said[0], said[2]]
+    assert counts["not_matching"] == 3
     with pytest.raises(UsageError, match=r"nothing is left .* 0 of 5 answers kept .* 5 not match"):
-        selected(tiny, talks, [Answer("E", True, 1, None)] * 5, keep_matching=True)
+        selected(tiny, talks, [Completion("E", True, 1, None)] * 5, keep_matching=True)
 
 
-def test_only_what_was_never_learned_from_counts_as_a_duplicate(tiny):
-    """The same answer to another prompt, or first seen cut, is no repetition."""
+def test_only_answers_that_are_learned_from_have_duplicates(tiny):
+    """The same answer to another prompt, or one that was cut before, is no duplicate."""
     talks = [talk("a"), talk("b"), talk("a")]
-    answers = [Answer("A", False, 1, None), Answer("A", True, 1, None), Answer("A", True, 1, None)]
-    text, _ = selected(tiny, talks, answers)
-    assert [c.where for c, _ in text.rows] == ["row b", "row a"]
+    answers = [Completion("A", finished, 1, None) for finished in (False, True, True)]
+    examples, _, _ = selected(tiny, talks, answers)
+    assert rows(examples) == [("row b", "A"), ("row a", "A")]
+
+
+def test_completions_are_never_partial(tiny, tmp_path):
+    """A write that fails leaves the file that was there."""
+    answers = [Completion("A", True, 1, None), Completion("B", True, 1, None)]
+    examples, _, _ = selected(tiny, [talk("a", "A"), talk("b")], answers)
+    file = tmp_path / "completions.jsonl"
+    sequence_level.write_completions(file, examples)
+    written = file.read_text()
+    assert [json.loads(line) for line in written.splitlines()] == [
+        {"messages": [{"role": "user", "content": word},
+                      {"role": "assistant", "content": word.upper()}], **more}
+        for word, more in (("a", {"references": ["A"]}), ("b", {}))
+    ]  # fmt: skip
+    broken = dataclasses.replace(examples[1], text=b"no text")
+    with pytest.raises(TypeError):
+        sequence_level.write_completions(file, [examples[0], broken])
+    assert file.read_text() == written
 
 
 # ------------------------------------------------------------------------------------- errors
@@ -210,14 +244,14 @@ def test_temperature_is_another_name_for_the_sampling_temperature(capsys):
 # ------------------------------------------------------------------------------- as a user runs it
 
 
-def test_the_text_is_that_of_the_other_scripts(uncut, tmp_path):
+def test_the_text_is_that_of_the_other_scripts(whole_run, tmp_path):
     """Equal flags find it: token_level adds its evaluation's samples and nothing else."""
-    before = text_lines(uncut.parent / "cache")
+    before = text_lines(whole_run.parent / "cache")
     in_process(
-        token_level, tmp_path / "token", cache_dir=str(uncut.parent / "cache"), max_steps=2,
+        token_level, tmp_path / "token", cache_dir=str(whole_run.parent / "cache"), max_steps=2,
         sampling_temperature=sequence_level.Arguments.sampling_temperature,
     )  # fmt: skip
-    assert text_lines(uncut.parent / "cache") == before
+    assert text_lines(whole_run.parent / "cache") == before
 
 
 def test_more_samples_begin_with_the_one_that_others_find(tmp_path):
@@ -240,7 +274,7 @@ def test_more_samples_begin_with_the_one_that_others_find(tmp_path):
     assert written["duplicates"] > 0 and {len(t) for t in texts.values()} == {1, 2, 3}
 
 
-def test_what_was_learned_from_is_a_data_set(uncut, tmp_path):
+def test_what_was_learned_from_is_a_data_set(whole_run, tmp_path):
     """completions.jsonl trains the same student again, and any other script's.
 
     On questions without earlier turns: of those a data set's own answers are targets too.
@@ -248,10 +282,8 @@ def test_what_was_learned_from_is_a_data_set(uncut, tmp_path):
     asked = (common.DATA / "train.jsonl").read_text().splitlines(keepends=True)
     single = [line for line in asked if line.count('"role"') == 2][:48]
     (tmp_path / "single.jsonl").write_text("".join(single))
-    flags = {
-        "eval_dataset": str(common.DATA / "eval.jsonl"), "cache_dir": str(uncut.parent / "cache"),
-        "max_rows": 0,
-    }  # fmt: skip
+    cache = str(whole_run.parent / "cache")
+    flags = {"eval_dataset": str(common.DATA / "eval.jsonl"), "cache_dir": cache, "max_rows": 0}
     run = in_process(
         sequence_level, tmp_path / "run", dataset=str(tmp_path / "single.jsonl"), **flags
     )
@@ -272,12 +304,12 @@ def test_what_was_learned_from_is_a_data_set(uncut, tmp_path):
 
 def test_student_with_another_tokenizer_learns(tmp_path):
     """80 steps on greedy text: better on held-out words in everything that can be compared."""
-    flags = ("--max-rows", "2560", "--epochs", "2", "--eval-size", "300", "--eval-steps", "0")
-    flags += ("--student", str(common.DATA / "student_other_tokenizer"), "--output-dir", "run")
-    done = run_script("sequence_level.py", *flags, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = results(tmp_path / "run")
-    before, after = found["before"], found["after"]
+    run_in_process(
+        sequence_level, student=str(common.DATA / "student_other_tokenizer"), max_rows=1280,
+        epochs=4.0, eval_size=200, eval_steps=0, output_dir=str(tmp_path / "run"),
+        cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    before, after = (results(tmp_path / "run")[name] for name in ("before", "after"))
     assert "kl_to_teacher" not in after
     assert after["bits_per_byte"] < 0.9 * before["bits_per_byte"]
     assert after["error_rate"] < 0.97 * before["error_rate"]
@@ -288,11 +320,11 @@ def test_student_with_another_tokenizer_learns(tmp_path):
     assert len(losses) == 80 and sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
-# --------------------------------------------------------------------------------------- cuts
+# -------------------------------------------------------------------------------------- kills
 
 
-def test_killed_while_writing_and_while_training(uncut, tmp_path):
-    """No recorded answer is written again, and the student is that of the uncut run."""
+def test_killed_while_writing_and_while_training(whole_run, tmp_path):
+    """No recorded answer is written again, and the student equals that of the whole run."""
     cache, run = tmp_path / "cache" / "text", tmp_path / "run"
 
     def begin() -> subprocess.Popen[bytes]:
@@ -300,7 +332,7 @@ def test_killed_while_writing_and_while_training(uncut, tmp_path):
         with open(tmp_path / "out.txt", "wb") as out:
             return subprocess.Popen(
                 [sys.executable, str(ROOT / "sequence_level.py"), *words], cwd=tmp_path,
-                stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **ONE_THREAD},
+                stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **UNBUFFERED},
             )  # fmt: skip
 
     def written() -> bytes:
@@ -311,18 +343,20 @@ def test_killed_while_writing_and_while_training(uncut, tmp_path):
         came = wait_for(process, moment)
         process.kill()
         process.wait()
-        assert came, (tmp_path / "out.txt").read_text()
+        assert came or moment(), (tmp_path / "out.txt").read_text()
 
     kill_when(lambda: written().count(b"\n") >= 12)
     recorded = written()
     recorded = recorded[: recorded.rfind(b"\n") + 1]
     assert 12 <= recorded.count(b"\n") < 64
-    kill_when((run / "checkpoints" / "step-000004").exists)
+    kill_when((run / "checkpoints" / "step-000004" / "state.json").exists)
     assert written().startswith(recorded) or recorded in written()
     assert begin().wait() == 0, (tmp_path / "out.txt").read_text()
-    written = [sorted(text_lines(c), key=str) for c in (tmp_path / "cache", uncut.parent / "cache")]
-    assert written[0] == written[1]
-    assert_same_student(run, uncut)
-    assert (run / "completions.jsonl").read_text() == (uncut / "completions.jsonl").read_text()
-    cut, whole = results(run), results(uncut)
+    caches = (tmp_path / "cache", whole_run.parent / "cache")
+    ours, theirs = (sorted(text_lines(cache), key=str) for cache in caches)
+    assert ours == theirs
+    assert_same_student(run, whole_run)
+    ours, theirs = ((r / "completions.jsonl").read_text() for r in (run, whole_run))
+    assert ours == theirs
+    cut, whole = results(run), results(whole_run)
     assert cut["after"] == whole["after"] and cut["training_text"] == whole["training_text"]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import run_in_process, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import token_level
 
 
 @pytest.fixture(scope="module")
@@ -19,20 +22,23 @@ def workplace(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("token_level")
 
 
-def train(workplace: Path, *flags: str) -> str:
-    small = ("--max-rows", "2560", "--epochs", "2", "--eval-size", "300", "--eval-steps", "40")
-    done = run_script("token_level.py", *small, *flags, cwd=workplace)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+FLAGS = {"max_rows": 1280, "epochs": 4.0, "eval_size": 200, "eval_steps": 40}
 
 
 @pytest.fixture(scope="module")
 def forward(workplace) -> tuple[Path, str]:
-    printed = train(workplace)
-    return (
-        workplace / "runs" / "token_level-max-rows-2560-eval-size-300-epochs-2.0",
-        printed,
-    )
+    """The directory of a run that a user starts, and what it printed."""
+    flags = [word for k, v in FLAGS.items() for word in (common.as_flag(k), str(v))]
+    done = run_script("token_level.py", *flags, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    return workplace / "runs" / "token_level-max-rows-1280-eval-size-200-epochs-4.0", done.stdout
+
+
+@pytest.fixture
+def train(workplace, monkeypatch) -> Callable[..., None]:
+    """Runs `main` with FLAGS and others in the same directory."""
+    monkeypatch.chdir(workplace)
+    return lambda **flags: run_in_process(token_level, **FLAGS | flags)
 
 
 def read(run: Path) -> tuple[dict, list[dict]]:
@@ -77,10 +83,10 @@ def test_run_directory(forward):
     found = {p.name for p in run.iterdir()}
     assert {"args.json", "metrics.jsonl", "final", "results.json", "curves.png"} <= found
     args = json.loads((run / "args.json").read_text())
-    assert args["script"] == "token_level" and args["kl"] == "forward" and args["max_rows"] == 2560
+    assert args["script"] == "token_level" and args["kl"] == "forward" and args["max_rows"] == 1280
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     card = (run / "final" / "README.md").read_text()
-    assert "token_level.py" in card and "--max-rows 2560" in card and "kl_to_teacher" in card
+    assert "token_level.py" in card and "--max-rows 1280" in card and "kl_to_teacher" in card
     tokenizer = AutoTokenizer.from_pretrained(run / "final")
     model = AutoModelForCausalLM.from_pretrained(run / "final")
     assert model.dtype == torch.float32
@@ -97,12 +103,13 @@ def test_run_directory(forward):
 
 
 @pytest.mark.parametrize("kl", ["reverse", "jsd"])
-def test_other_divergences_learn_too(kl, workplace, forward):
-    """And they find the teacher's text of the first run instead of writing it again."""
-    cache = sorted((workplace / "runs" / "cache" / "text").glob("*.jsonl"))
-    sizes = [p.stat().st_size for p in cache]
-    train(workplace, "--kl", kl, "--output-dir", f"runs/{kl}")
-    assert [p.stat().st_size for p in cache] == sizes
+def test_other_divergences_learn_too(kl, workplace, forward, train, capsys):
+    """They find text and states of the first run: nothing is written, no backbone is loaded."""
+    before = {p: p.stat().st_mtime_ns for p in (workplace / "runs" / "cache").rglob("*.*s*")}
+    assert len(before) > 1280
+    train(kl=kl, output_dir=f"runs/{kl}", eval_steps=0)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert capsys.readouterr().out.count("its backbone is not loaded") == 2
     results, lines = read(workplace / "runs" / kl)
     own = [line["train/kl"] for line in lines if "train/kl" in line]
     assert sum(own[-10:]) < 0.9 * sum(own[:10])
@@ -113,10 +120,11 @@ def test_other_divergences_learn_too(kl, workplace, forward):
     assert lines[-1]["step"] == 80
 
 
-def test_sweep_and_comparison(workplace, forward):
-    """The loop of the README: two temperatures side by side, one table and one picture."""
-    for temperature in ("2", "2"):  # the same flags twice: the second directory is numbered
-        train(workplace, "--max-steps", "6", "--temperature", temperature, "--eval-steps", "0")
+def test_sweep_and_comparison(workplace, forward, train, capsys):
+    """The loop of the README: runs side by side, no backbone, one table and one picture."""
+    for temperature in (2.0, 2.0):  # the same flags twice: the second directory is numbered
+        train(max_steps=6, temperature=temperature, eval_steps=0, eval_size=40)
+    assert capsys.readouterr().out.count("its backbone is not loaded") == 4
     runs = [p for p in (workplace / "runs").iterdir() if "temperature-2.0" in p.name]
     assert len(runs) == 2 and sorted(p.name for p in runs)[1].endswith("-2")
     _, lines = read(runs[0])
@@ -131,20 +139,24 @@ def test_sweep_and_comparison(workplace, forward):
     assert losses[0] == losses[1]  # equal flags, equal numbers
 
 
-def test_dataset_completions_with_cross_entropy(workplace):
+def test_dataset_completions_with_cross_entropy(workplace, train):
     """The data set's own responses, KL and CE together: the loss is the documented sum."""
-    flags = ("--completions", "dataset", "--ce-weight", "0.5", "--temperature", "2")
-    train(workplace, *flags, "--max-steps", "3", "--output-dir", "runs/gold", "--eval-steps", "0")
+    flags = {"completions": "dataset", "ce_weight": 0.5, "temperature": 2.0, "max_rows": 192}
+    train(**flags, max_steps=3, output_dir="runs/gold", eval_steps=0, eval_size=40)
     _, lines = read(workplace / "runs" / "gold")
     step = lines[1]
     ce = (step["train/loss"] - 4 * step["train/kl"]) / 0.5
     assert 0.5 < ce < 6  # nats per token of a student that has seen this kind of text
 
 
-def test_divergence_of_training_is_named(workplace):
+def test_divergence_of_training_is_named(workplace, forward, monkeypatch, capsys):
     """A non-finite loss stops the run, says where and on what, and leaves no student."""
-    flags = ("--learning-rate", "1e30", "--max-steps", "12", "--max-rows", "640")
-    done = run_script("token_level.py", *flags, "--output-dir", "runs/boom", cwd=workplace)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "not finite at step" in done.stderr and "train.jsonl:" in done.stderr
+    flags = "--learning-rate 1e30 --max-steps 12 --max-rows 640 --eval-size 40"
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(sys, "argv", ["", *flags.split(), "--output-dir", "runs/boom"])
+    with pytest.raises(SystemExit) as ended:
+        common.launch(token_level.main, token_level.Arguments, "")
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and said.startswith("error: ") and said.count("\n") == 1
+    assert "not finite at step" in said and "train.jsonl:" in said
     assert not (workplace / "runs" / "boom" / "final").exists()
