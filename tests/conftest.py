@@ -102,6 +102,14 @@ def language_model(
     )
 
 
+def example_of(tokens: common.Tokens, index: int = 0) -> common.Example:
+    """An example that both models read alike; its prompt is what precedes the first target."""
+    prompt_ids = tokens.ids[: tokens.targets[0]] if tokens.targets else tokens.ids
+    conversation = common.Conversation([], None, [], f"row {index}")
+    prompt = common.Prompt(conversation, prompt_ids, prompt_ids)
+    return common.Example(index, prompt, "", tokens, tokens)
+
+
 @pytest.fixture(autouse=True)
 def handlers():
     """Restores the signal handlers that a training loop left by an exception leaves behind."""
