@@ -542,7 +542,7 @@ class LanguageModel:
 
     def head(self) -> Head:
         """The output layer without padding rows."""
-        if not self.loaded:
+        if not self.loaded and self.cached_head is not None:
             return self.cached_head
         layer = self.model.get_output_embeddings()
         return self._as_head(layer.weight, getattr(layer, "bias", None))
