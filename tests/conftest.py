@@ -102,6 +102,12 @@ def language_model(
     )
 
 
+def with_response(prompt_ids: list[int], response_ids: list[int]) -> common.Tokens:
+    """A prompt with its response, of which every token is a target."""
+    ids = prompt_ids + response_ids
+    return common.Tokens(ids, list(range(len(prompt_ids), len(ids))))
+
+
 def example_of(tokens: common.Tokens, index: int = 0) -> common.Example:
     """An example that both models read alike; its prompt is what precedes the first target."""
     prompt_ids = tokens.ids[: tokens.targets[0]] if tokens.targets else tokens.ids

@@ -95,8 +95,9 @@ def test_weights_are_loaded_at_the_first_use_and_can_be_unloaded():
     assert (teacher.vocabulary, teacher.max_positions, teacher.end_ids) == (408, 512, [1])
     assert teacher.digest == common.digest_of_model(Arguments.teacher, "main")
     assert not teacher.loaded
-    backbone = weakref.ref(teacher.model)
     head = teacher.head()
+    assert teacher.loaded
+    backbone = weakref.ref(teacher.model)
     teacher.unload()
     gc.collect()
     assert not teacher.loaded and backbone() is None
