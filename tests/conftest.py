@@ -20,6 +20,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
@@ -79,6 +81,8 @@ def tiny_model(kind: str, vocabulary: int, seed: int = 0, **changes: object) -> 
         return LlamaForCausalLM(LlamaConfig(**{"tie_word_embeddings": False, **size})).eval()
     if kind == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(**{"tie_word_embeddings": True, **size})).eval()
+    if kind == "mistral":  # all layers have the window; of Gemma 2's, every other one
+        return MistralForCausalLM(MistralConfig(**{"sliding_window": 6, **size})).eval()
     if kind == "gemma2":
         cap = {"final_logit_softcapping": 5.0, "head_dim": 8, "query_pre_attn_scalar": 8}
         return Gemma2ForCausalLM(Gemma2Config(**{**size, **cap})).eval()
@@ -134,8 +138,10 @@ def tokenizer():
 def tiny(tokenizer):
     """A tiny model with the embedded tokenizer, as a `LanguageModel`."""
 
-    def make(kind: str, seed: int = 0, **changes: object) -> common.LanguageModel:
-        model = tiny_model(kind, len(tokenizer.get_vocab()), seed, **changes)
+    def make(
+        kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
+    ) -> common.LanguageModel:
+        model = tiny_model(kind, len(tokenizer.get_vocab()), seed, **changes).to(dtype)
         return language_model(model, tokenizer, f"{kind}-{seed}")
 
     return make
