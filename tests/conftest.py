@@ -135,6 +135,12 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory) -> Path:
+    """A --cache-dir for runs of the embedded pair, so that the teacher answers each prompt once."""
+    return tmp_path_factory.mktemp("shared") / "cache"
+
+
+@pytest.fixture(scope="session")
 def tiny(tokenizer):
     """A tiny model with the embedded tokenizer, as a `LanguageModel`."""
 
