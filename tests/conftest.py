@@ -22,6 +22,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
@@ -91,6 +93,8 @@ def tiny_model(kind: str, vocabulary: int, seed: int = 0, **changes: object) -> 
         return LlamaForCausalLM(LlamaConfig(**{"tie_word_embeddings": False, **size})).eval()
     if kind == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(**{"tie_word_embeddings": True, **size})).eval()
+    if kind == "mistral":  # all layers have the window; of Gemma 2's, every other one
+        return MistralForCausalLM(MistralConfig(**{"sliding_window": 6, **size})).eval()
     if kind == "gemma2":
         cap = {"final_logit_softcapping": 5.0, "head_dim": 8, "query_pre_attn_scalar": 8}
         return Gemma2ForCausalLM(Gemma2Config(**{**size, **cap})).eval()
@@ -114,6 +118,23 @@ def language_model(
     )
 
 
+<<<<<<< HEAD
+=======
+def with_response(prompt_ids: list[int], response_ids: list[int]) -> common.Tokens:
+    """A prompt with its response, of which every token is a target."""
+    ids = prompt_ids + response_ids
+    return common.Tokens(ids, list(range(len(prompt_ids), len(ids))))
+
+
+def example_of(tokens: common.Tokens, index: int = 0) -> common.Example:
+    """An example that both models read alike; its prompt is what precedes the first target."""
+    prompt_ids = tokens.ids[: tokens.targets[0]] if tokens.targets else tokens.ids
+    conversation = common.Conversation([], None, [], f"row {index}")
+    prompt = common.Prompt(conversation, prompt_ids, prompt_ids)
+    return common.Example(index, prompt, "", tokens, tokens)
+
+
+>>>>>>> testsa
 @pytest.fixture(autouse=True)
 def handlers():
     """Restores the signal handlers that a training loop left by an exception leaves behind."""
@@ -129,11 +150,24 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory) -> Path:
+    """A --cache-dir for runs of the embedded pair, so that the teacher answers each prompt once."""
+    return tmp_path_factory.mktemp("shared") / "cache"
+
+
+@pytest.fixture(scope="session")
 def tiny(tokenizer):
     """A tiny model with the embedded tokenizer, as a `LanguageModel`."""
 
+<<<<<<< HEAD
     def make(kind: str, seed: int = 0, **changes: object) -> common.LanguageModel:
         model = tiny_model(kind, len(tokenizer.get_vocab()), seed, **changes)
+=======
+    def make(
+        kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
+    ) -> common.LanguageModel:
+        model = tiny_model(kind, len(tokenizer.get_vocab()), seed, **changes).to(dtype)
+>>>>>>> testsa
         return language_model(model, tokenizer, f"{kind}-{seed}")
 
     return make

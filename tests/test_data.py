@@ -13,17 +13,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import example_of, language_model, tiny_model, with_response
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 import common
 import token_level
-from common import Example, LanguageModel, Tokens, UsageError
+from common import Completion, Conversation, Example, LanguageModel, Pair, Tokens, UsageError
 
 CPU = torch.device("cpu")
-ONE_PROCESS = SimpleNamespace(num_processes=1, process_index=0)
+API_TEACHER = object()  # stands for any teacher that is no LanguageModel and gives only text
 
 # Turns end with a token and a line break that nobody writes. No generation marks.
 CHATML = (
@@ -89,7 +89,7 @@ def as_model(
     eos = tokenizer.eos_token_id
     model = tiny_model(kind, rows, seed, eos_token_id=eos, **changes)
     model.generation_config.eos_token_id = eos
-    return LanguageModel(kind, model, tokenizer, torch.float32, lambda: f"{kind}-{seed}-{rows}")
+    return language_model(model, tokenizer, f"{kind}-{seed}-{rows}")
 
 
 def talk(*contents: str, system: str | None = None) -> common.Messages:
@@ -109,10 +109,16 @@ def runs_of_targets(model: LanguageModel, tokens: Tokens) -> list[str]:
     return [model.tokenizer.decode(run) for run in runs]
 
 
-def as_answer(model: LanguageModel, text: str, end: int | None = None) -> common.Answer:
-    """The text as if that model had written it, with or without an end token."""
-    ids = common.tokenize(model.tokenizer, text).ids + ([] if end is None else [end])
-    return common.Answer(text, end is not None, len(ids), ids)
+def completion_of(model: LanguageModel, text: str, *, finished: bool = True) -> Completion:
+    """The text as if that model had written it, with its end token if it is finished."""
+    ids = common.tokenize(model.tokenizer, text)[0] + model.end_ids[:1] * finished
+    return Completion(text, finished, len(ids), ids)
+
+
+def tokenize_prompts(
+    conversations: list[Conversation], student: LanguageModel, teacher: object, limit: int = 100
+) -> list[common.Prompt]:
+    return common.tokenize_prompts(conversations, Pair(student, teacher), limit)
 
 
 # ---------------------------------------------------------------------------------------- masks
@@ -124,16 +130,16 @@ def test_embedded_template_exact_ids(tokenizer):
     end, system, user, assistant = tokenizer.convert_tokens_to_ids(
         ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     )
-    parts = [common.tokenize(tokenizer, t).ids for t in ("be brief", "cat", "K AE1 T", "dog", "D")]
+    parts = [common.tokenize(tokenizer, t)[0] for t in ("be brief", "cat", "K AE1 T", "dog", "D")]
     s, a, b, c, d = parts
-    tokens = common.encode_conversation(
+    tokens = common.tokenize_conversation(
         model, talk("cat", "K AE1 T", "dog", "D", system="be brief")
     )
     first = [system, *s, end, user, *a, end, assistant]
     second = [user, *c, end, assistant]
     assert tokens.ids == [*first, *b, end, *second, *d, end]
-    places = range(len(first), len(first) + len(b) + 1)
-    assert tokens.targets == [*places, *range(len(tokens.ids) - len(d) - 1, len(tokens.ids))]
+    first_answer = range(len(first), len(first) + len(b) + 1)
+    assert tokens.targets == [*first_answer, *range(len(tokens.ids) - len(d) - 1, len(tokens.ids))]
     assert runs_of_targets(model, tokens) == ["K AE1 T<|end|>", "D<|end|>"]
     assert model.end_ids == [end]
 
@@ -159,7 +165,7 @@ def test_every_turn_and_its_end_token(template: str, text: str, trim: bool):
     Some tokenizers (trim_offsets) report a space as having no width; it is a target too.
     """
     model = as_model(byte_tokenizer(template, trim=trim))
-    tokens = common.encode_conversation(model, talk("ask", text, "again", "answer  "))
+    tokens = common.tokenize_conversation(model, talk("ask", text, "again", "answer  "))
     if text or template == CHATML:
         assert runs_of_targets(model, tokens) == [text + "<|im_end|>", "answer  <|im_end|>"]
     else:
@@ -174,7 +180,7 @@ def test_answer_that_begins_with_space(content: str):
     """Indentation at the beginning of an answer is written by the assistant."""
     for trim in (False, True):
         model = as_model(byte_tokenizer(CHATML, trim=trim))
-        tokens = common.encode_conversation(model, talk("code?", content))
+        tokens = common.tokenize_conversation(model, talk("code?", content))
         assert runs_of_targets(model, tokens) == [content + "<|im_end|>"]
 
 
@@ -185,10 +191,10 @@ def test_pad_is_end(tokenizer):
     model = as_model(own)
     assert own.pad_token_id == own.eos_token_id
     examples = [
-        common.encode_conversation(model, talk("ask", text)) for text in ("a", "long answer")
+        common.tokenize_conversation(model, talk("ask", text)) for text in ("a", "long answer")
     ]
     batch = common.collate(examples, CPU, pad_id=own.pad_token_id)
-    texts = [own.decode(batch.targets[batch.rows == row]) for row in (0, 1)]
+    texts = [own.decode(batch.targets[batch.example == row]) for row in (0, 1)]
     assert texts == ["a<|im_end|>", "long answer<|im_end|>"]
     assert batch.input_ids.shape == (2, len(examples[1].ids))
 
@@ -201,22 +207,23 @@ def test_template_that_prints_bos_and_date():
     tokenizer = byte_tokenizer(LLAMA, eos="<|im_end|>", add_bos=True)
     assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
     model = as_model(tokenizer)
-    assert model.end_ids == sorted(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eot|>"]))
-    tokens = common.encode_conversation(model, talk("ask", " answer ", "again", "fin"))
+    assert model.end_ids == tokenizer.convert_tokens_to_ids(["<|eot|>", "<|im_end|>"])
+    tokens = common.tokenize_conversation(model, talk("ask", " answer ", "again", "fin"))
     assert Counter(tokens.ids)[tokenizer.bos_token_id] == 1
     assert tokens.ids[0] == tokenizer.bos_token_id and 0 not in tokens.targets
     assert runs_of_targets(model, tokens) == ["answer<|eot|>", "fin<|eot|>"]
     assert f"Today Date: {common.FIXED_DATE}<|eot|>" in tokenizer.decode(tokens.ids)
-    row = common.Conversation(talk("ask"), None, [], "x:1")
-    (prompt,) = common.encode_prompts(model, [row])
-    assert tokens.ids[: len(prompt)] == prompt and prompt.count(tokenizer.bos_token_id) == 1
+    row = Conversation(talk("ask"), None, [], "x:1")
+    (prompt,) = tokenize_prompts([row], model, model)
+    assert tokens.ids[: len(prompt.student)] == prompt.student == prompt.teacher
+    assert prompt.student.count(tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize("template", [LLAMA, CLOCK], ids=["date_string", "strftime_now"])
 def test_prompts_are_the_same_tomorrow(template: str, monkeypatch):
     """A template that prints the date gets a fixed one; otherwise no cache would ever be hit."""
     tokenizer = byte_tokenizer(template)
-    seen, plain = set(), set()
+    fixed, plain = set(), set()
     for day in (1, 2):
 
         class Clock(datetime.datetime):
@@ -225,113 +232,117 @@ def test_prompts_are_the_same_tomorrow(template: str, monkeypatch):
                 return cls(2031, 5, day)
 
         monkeypatch.setattr(chat_template_utils, "datetime", Clock)
-        seen.add(common.render(tokenizer, talk("ask"), prompt=True))
+        fixed.add(common.render(tokenizer, talk("ask"), prompt=True))
         plain.add(tokenizer.apply_chat_template(talk("ask"), tokenize=False))
     assert len(plain) == 2  # the test's template does print the date
-    assert len(seen) == 1 and common.FIXED_DATE in seen.pop()
+    assert len(fixed) == 1 and common.FIXED_DATE in fixed.pop()
 
 
 def test_template_that_rewrites_earlier_turns_is_refused():
-    """Reasoning dropped from earlier turns: no prefix, so an error with the row; one turn works."""
+    """A template that drops reasoning from earlier turns is refused by row; one turn works."""
     model = as_model(byte_tokenizer(FORGETFUL))
-    once = common.encode_conversation(model, talk("ask", "<think>hm</think>yes"))
+    once = common.tokenize_conversation(model, talk("ask", "<think>hm</think>yes"))
     assert runs_of_targets(model, once) == ["<think>hm</think>yes<|im_end|>"]
-    harmless = common.encode_conversation(model, talk("ask", "yes", "again", "no"))
+    harmless = common.tokenize_conversation(model, talk("ask", "yes", "again", "no"))
     assert runs_of_targets(model, harmless) == ["yes<|im_end|>", "no<|im_end|>"]
     turns = talk("ask", "<think>hm</think>yes", "again")
     with pytest.raises(UsageError, match=r"rewrites earlier turns.*turn 2.*--completions teacher"):
-        common.encode_conversation(model, [*turns, {"role": "assistant", "content": "no"}])
-    row = common.Conversation(turns, "no", ["no"], "file.jsonl:7")
-    prompts = common.encode_for_both([row], model, model, 200)
+        common.tokenize_conversation(model, [*turns, {"role": "assistant", "content": "no"}])
+    row = Conversation(turns, "no", ["no"], "file.jsonl:7")
+    prompts = tokenize_prompts([row], model, model, 200)
     with pytest.raises(UsageError, match=r"^file\.jsonl:7: .*rewrites"):
-        common.dataset_examples(prompts, model, model, 200)
+        common.dataset_examples(prompts, Pair(model, model), 200)
 
 
 def test_text_of_both_kinds_of_completions():
     """Every assistant turn under `dataset`, the final one under `teacher`; a cut has no end."""
     model, long = as_model(byte_tokenizer(CHATML)), "a response that is cut, as it is too long"
     rows = [
-        common.Conversation(talk("ask", "one", "again"), "two", ["two"], "x:1"),
-        common.Conversation(talk("ask"), long, ["r"], "x:2"),
+        Conversation(talk("ask", "one", "again"), "two", ["two"], "x:1"),
+        Conversation(talk("ask"), long, ["r"], "x:2"),
     ]
-    prompts = common.encode_for_both(rows, model, model, 80)
-    examples, cut = common.dataset_examples(prompts, model, model, 60)
+    prompts, pair = tokenize_prompts(rows, model, model, 80), Pair(model, model)
+    examples, cut = common.dataset_examples(prompts, pair, 60)
     assert runs_of_targets(model, examples[0].student) == ["one<|im_end|>", "two<|im_end|>"]
     assert cut == 1 and len(examples[1].student.ids) == 60
     (piece,) = runs_of_targets(model, examples[1].student)
     assert long.startswith(piece) and len(piece) == 60 - len(prompts[1].student)
-    assert [e.where for e in examples] == ["x:1", "x:2"]
+    assert sources_of([examples]) == ["x:1", "x:2"]
+    assert [(e.index, e.text) for e in examples] == [(0, "two"), (1, long)]
 
-    end = model.tokenizer.eos_token_id
-    answers = [as_answer(model, text, end) for text in ("deux", long)]
-    examples = common.teacher_examples(prompts, answers, model, model, 60)
+    answers = [completion_of(model, text) for text in ("deux", long)]
+    examples = common.completion_examples(prompts, answers, pair, 60)
     assert runs_of_targets(model, examples[0].student) == ["deux<|im_end|>"]
     assert examples[0].student.ids[: len(prompts[0].student)] == prompts[0].student
     assert runs_of_targets(model, examples[1].student) == [piece]
+    assert [(e.index, e.text) for e in examples] == [(0, "deux"), (1, long)]
 
 
-def test_text_crosses_to_another_vocabulary(tokenizer):
+def test_text_is_tokenised_again_for_another_vocabulary(tokenizer):
     """The student gets its own prompt, its own tokens of the same text and its own end token."""
     teacher, student = as_model(tokenizer), as_model(byte_tokenizer(CHATML))
-    assert not common.same_vocabulary(student, teacher)
-    row = common.Conversation(talk("ask"), None, [], "x:1")
-    prompts = common.encode_for_both([row] * 3, student, teacher, 100)
-    end = tokenizer.eos_token_id
+    pair = Pair(student, teacher)
+    assert not pair.same_vocabulary and Pair(student, student).same_vocabulary
+    row = Conversation(talk("ask"), None, [], "x:1")
+    prompts = tokenize_prompts([row] * 3, student, teacher)
     answers = [
-        as_answer(teacher, "N AA1 é", end),
-        as_answer(teacher, "N AA"),
-        as_answer(teacher, "", end),
+        completion_of(teacher, "N AA1 é"),
+        completion_of(teacher, "N AA", finished=False),
+        completion_of(teacher, ""),
     ]
-    examples = common.teacher_examples(prompts, answers, student, teacher, 100)
+    examples = common.completion_examples(prompts, answers, pair, 100)
     assert runs_of_targets(student, examples[0].student) == ["N AA1 é<|im_end|>"]
     assert runs_of_targets(student, examples[1].student) == ["N AA"]
     assert runs_of_targets(student, examples[2].student) == ["<|im_end|>"]
     for prompt, answer, example in zip(prompts, answers, examples, strict=True):
         assert example.student.ids[: len(prompt.student)] == prompt.student
-        assert example.teacher == common.with_response(prompt.teacher, answer.ids)
-    alone = common.teacher_examples(prompts, answers, student, None, 100)
+        assert example.teacher == with_response(prompt.teacher, answer.ids)
+    only_text = [answer._replace(ids=None) for answer in answers]
+    alone = common.completion_examples(prompts, only_text, Pair(student, API_TEACHER), 100)
     assert [e.student for e in alone] == [e.student for e in examples]
-    cut = common.teacher_examples(prompts, answers, student, teacher, len(prompts[0].student) + 4)
+    assert all(e.teacher == e.student for e in alone)
+    cut = common.completion_examples(prompts, answers, pair, len(prompts[0].student) + 4)
     assert runs_of_targets(student, cut[0].student) == ["N AA"]
 
 
-def test_an_answer_does_not_melt_into_its_prompt():
+def test_no_token_spans_the_boundary_between_prompt_and_answer():
     """A prompt that ends with a space, an answer that begins with one: two tokens, as written."""
     spaced = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant ")
     student = as_model(byte_tokenizer(spaced))
-    prompts = common.encode_for_both(
-        [common.Conversation(talk("ask"), None, [], "x:1")], student, None, 100
-    )
+    row = Conversation(talk("ask"), None, [], "x:1")
+    prompts, pair = tokenize_prompts([row], student, API_TEACHER), Pair(student, API_TEACHER)
     assert student.tokenizer.decode(prompts[0].student).endswith(" ")
-    (tokens,) = common.encode_answers(student, prompts, [common.Answer(" yes", False, 4, None)])
+    answer = Completion(" yes", False, 4, None)
+    (tokens,) = (e.student for e in common.completion_examples(prompts, [answer], pair, 100))
     assert tokens.ids[: len(prompts[0].student)] == prompts[0].student
     assert runs_of_targets(student, tokens) == [" yes"]
     assert len(tokens.targets) == 4
 
 
 def test_dataset_response_cut_to_nothing_is_left_out():
-    """Prompt and first turn fill --max-length: an example without targets is none."""
+    """If the prompt alone fills --max-length, there is no target and so no example."""
     model = as_model(byte_tokenizer(CHATML))
-    row = common.Conversation(talk("ask"), "answer", ["answer"], "x:1")
-    prompts = common.encode_for_both([row], model, model, 100)
+    row = Conversation(talk("ask"), "answer", ["answer"], "x:1")
+    prompts = tokenize_prompts([row], model, model)
     width = len(prompts[0].student)
-    examples, cut = common.dataset_examples(prompts, model, model, width)
+    examples, cut = common.dataset_examples(prompts, Pair(model, model), width)
     assert examples == [] and cut == 1
     with pytest.raises(UsageError, match="none of the 1 prompts"):
-        common.encode_for_both([row], model, model, width)
+        tokenize_prompts([row], model, model, width)
 
 
 def test_each_model_reads_its_own_template():
     """Different templates, same targets; the longer prompt decides what fits for both."""
     short, long = as_model(byte_tokenizer(CHATML)), as_model(byte_tokenizer(CHATML_MARKED))
     long.tokenizer.chat_template = "{{ '<|start|>a longer beginning ' }}" + CHATML
-    row = common.Conversation(talk("ask"), "an answer", ["an answer"], "x:1")
-    prompts = common.encode_for_both([row], short, long, 100)
+    row = Conversation(talk("ask"), "an answer", ["an answer"], "x:1")
+    prompts, pair = tokenize_prompts([row], short, long), Pair(short, long)
     width = len(prompts[0].teacher)
     assert width > len(prompts[0].student)
+    answers = [completion_of(short, "an answer")]
     for examples in (
-        common.dataset_examples(prompts, short, long, width + 3)[0],
-        common.teacher_examples(prompts, [as_answer(short, "an answer")], short, long, width + 3),
+        common.dataset_examples(prompts, pair, width + 3)[0],
+        common.completion_examples(prompts, answers, pair, width + 3),
     ):
         (example,) = examples
         assert runs_of_targets(short, example.student) == ["an "]
@@ -369,10 +380,10 @@ def test_accepted_rows(row: dict, asked: list, response: str | None, references:
     """Each form of a row, through a file, to the same conversation."""
     file = tmp_path / "rows.jsonl"
     file.write_text("\n" + json.dumps(row) + "\n")
-    (found,) = common.load_conversations(str(file))
-    assert [f"{m['role']} {m['content']}" for m in found.messages] == asked
-    assert found.response == response and found.references == references
-    assert found.where == f"{file}:2"
+    (conversation,) = common.load_conversations(str(file))
+    assert [f"{m['role']} {m['content']}" for m in conversation.messages] == asked
+    assert conversation.response == response and conversation.references == references
+    assert conversation.source == f"{file}:2"
 
 
 BAD_ROWS = [
@@ -463,22 +474,21 @@ def random_examples(count: int, seed: int = 0, vocabulary: int = 400) -> list[Ex
         length = int(torch.randint(3, 21, (), generator=draw))
         ids = torch.randint(5, vocabulary, (length,), generator=draw).tolist()
         first = int(torch.randint(1, length, (), generator=draw))
-        tokens = Tokens(ids, list(range(first, length)))
-        examples.append(Example(tokens, tokens, f"row {i}"))
+        examples.append(example_of(Tokens(ids, list(range(first, length))), i))
     return examples
 
 
 @pytest.mark.parametrize("pad_id", [0, 1], ids=["pad", "pad == eos"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gpt2"])
-def test_padding_changes_no_state(kind: str, pad_id: int, tiny):
-    """States of a padded batch are those of its rows alone, in order, at the places before."""
+def test_padding_changes_no_hidden_state(kind: str, pad_id: int, tiny):
+    """Hidden states of a padded batch are those of its examples alone, one before each target."""
     model = tiny(kind)
     examples = [e.student for e in random_examples(6)]
     batch = common.collate(examples, CPU, pad_id)
     assert (batch.input_ids == pad_id).any()
     with torch.no_grad():
-        together = model.states(batch)
-        alone = torch.cat([model.states(common.collate([e], CPU)) for e in examples])
+        together = model.hidden_states(batch)
+        alone = torch.cat([model.hidden_states(common.collate([e], CPU)) for e in examples])
         own = [
             model.model(input_ids=torch.tensor([e.ids])).logits[0, torch.tensor(e.targets) - 1]
             for e in examples
@@ -486,7 +496,8 @@ def test_padding_changes_no_state(kind: str, pad_id: int, tiny):
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model.head().logits(together), torch.cat(own), rtol=1e-4, atol=2e-4)
     assert batch.targets.tolist() == [e.ids[i] for e in examples for i in e.targets]
-    assert batch.rows.tolist() == [row for row, e in enumerate(examples) for _ in e.targets]
+    assert batch.example.tolist() == [i for i, e in enumerate(examples) for _ in e.targets]
+    assert batch.position.tolist() == [i - 1 for e in examples for i in e.targets]
 
 
 def test_batch_without_examples_or_targets(tiny):
@@ -494,31 +505,37 @@ def test_batch_without_examples_or_targets(tiny):
     model = tiny("llama")
     for examples in ([], [Tokens([5, 6, 7], [])]):
         batch = common.collate(examples, CPU)
-        assert model.states(batch).shape == (0, 32) and len(batch.targets) == 0
+        assert model.hidden_states(batch).shape == (0, 32) and len(batch.targets) == 0
 
 
-def rows_of(batches: Iterable[list[Example]]) -> list[str]:
-    return [e.where for batch in batches for e in batch]
+def sources_of(batches: Iterable[list[Example]]) -> list[str]:
+    return [e.prompt.conversation.source for batch in batches for e in batch]
+
+
+def micro_batches(
+    examples: list[Example], args: token_level.Arguments, step: int
+) -> tuple[list[list[Example]], int]:
+    """This process's part of a step's global batch, and the target tokens of all of it."""
+    return common.split_micro_batches(common.global_batch(examples, args, step), args)
 
 
 def test_global_batch_is_a_function_of_seed_and_step():
     """Not of the order of calls, the micro-batch size or the number of processes."""
     examples = random_examples(30)
     args = arguments(batch_size=8, micro_batch_size=3, seed=5)
-    first, tokens = common.micro_batches(examples, args, 2, ONE_PROCESS)
+    first, tokens = micro_batches(examples, args, 2)
     assert [len(b) for b in first] == [3, 3, 2]
-    common.micro_batches(examples, arguments(batch_size=8, seed=6), 7, ONE_PROCESS)
-    again, _ = common.micro_batches(examples, args, 2, ONE_PROCESS)
-    assert rows_of(again) == rows_of(first)
+    micro_batches(examples, arguments(batch_size=8, seed=6), 7)
+    again, _ = micro_batches(examples, args, 2)
+    assert sources_of(again) == sources_of(first)
     for size in (0, 1, 8, 100):
-        other = arguments(batch_size=8, micro_batch_size=size, seed=5)
-        batches, count = common.micro_batches(examples, other, 2, ONE_PROCESS)
-        assert sorted(rows_of(batches)) == sorted(rows_of(first)) and count == tokens
+        changed = arguments(batch_size=8, micro_batch_size=size, seed=5)
+        batches, count = micro_batches(examples, changed, 2)
+        assert sorted(sources_of(batches)) == sorted(sources_of(first)) and count == tokens
         assert len(batches) == {0: 1, 1: 8, 8: 1, 100: 1}[size]
-    for other in (arguments(batch_size=8, seed=6), arguments(batch_size=8, seed=5)):
-        step = 2 if other.seed == 6 else 3
-        batches, _ = common.micro_batches(examples, other, step, ONE_PROCESS)
-        assert sorted(rows_of(batches)) != sorted(rows_of(first))
+    for changed, step in ((arguments(batch_size=8, seed=6), 2), (args, 3)):
+        batches, _ = micro_batches(examples, changed, step)
+        assert sorted(sources_of(batches)) != sorted(sources_of(first))
 
 
 def test_every_example_once_an_epoch():
@@ -526,36 +543,52 @@ def test_every_example_once_an_epoch():
     examples = random_examples(10)
     for size in (4, 10, 25):
         args = arguments(batch_size=size, seed=1)
-        steps = 100 // size
-        drawn = [
-            common.micro_batches(examples, args, step, ONE_PROCESS)[0] for step in range(steps)
-        ]
-        counts = Counter(itertools.chain.from_iterable(map(rows_of, drawn)))
+        drawn = [common.global_batch(examples, args, step) for step in range(100 // size)]
+        counts = Counter(sources_of(drawn))
         assert set(counts.values()) == {10} and len(counts) == 10
     args = arguments(batch_size=10, seed=1)
-    orders = [[examples[i].where for i in common._order(1, epoch, 10)] for epoch in range(3)]
-    assert len({tuple(o) for o in orders}) == 3
-    first = common.micro_batches(examples, args, 0, ONE_PROCESS)[0]
-    assert sorted(rows_of(first)) == sorted(orders[0])
+    epochs = [sources_of([common.global_batch(examples, args, epoch)]) for epoch in range(3)]
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
 
 
 @pytest.mark.parametrize("batch_size", [8, 7, 3, 1])
 @pytest.mark.parametrize("processes", [2, 3])
-def test_shares_of_processes(processes: int, batch_size: int):
+def test_shares_of_processes(processes: int, batch_size: int, monkeypatch):
     """Disjoint and complete; equally many micro-batches; the tokens are those of the whole."""
     examples = random_examples(20)
     args = arguments(batch_size=batch_size, micro_batch_size=2)
-    whole, tokens = common.micro_batches(examples, args, 1, ONE_PROCESS)
+    whole, tokens = micro_batches(examples, args, 1)
     shares = []
     for index in range(processes):
-        accelerator = SimpleNamespace(num_processes=processes, process_index=index)
-        share, count = common.micro_batches(examples, args, 1, accelerator)
+        state = SimpleNamespace(num_processes=processes, process_index=index)
+        monkeypatch.setattr(common, "PartialState", lambda state=state: state)
+        share, count = micro_batches(examples, args, 1)
         assert count == tokens
         assert all(len(micro_batch) <= 2 for micro_batch in share)
         shares.append(share)
     assert len({len(share) for share in shares}) == 1
-    assert sorted(itertools.chain.from_iterable(map(rows_of, shares))) == sorted(rows_of(whole))
+    together = itertools.chain.from_iterable(map(sources_of, shares))
+    assert sorted(together) == sorted(sources_of(whole))
     assert tokens == sum(len(e.student.targets) for batch in whole for e in batch)
+
+
+def test_a_global_batch_without_targets_divides_by_one():
+    """Empty answers, as a student may write, must not divide the loss by zero."""
+    examples = [example_of(Tokens([5, 6, 7], []), i) for i in range(3)]
+    batches, tokens = common.split_micro_batches(examples, arguments(micro_batch_size=0))
+    assert tokens == 1 and sources_of(batches) == ["row 0", "row 1", "row 2"]
+
+
+def test_length_batches_hold_every_example_once():
+    """Padded to the longest of a batch, none exceeds the limit, unless one example does alone."""
+    examples = random_examples(40, seed=2)
+    batches = common.length_batches(examples, lambda e: len(e.student.ids), tokens=50)
+    assert sorted(sources_of(batches)) == sorted(sources_of([examples]))
+    sizes = [[len(e.student.ids) for e in batch] for batch in batches]
+    assert all(len(size) * max(size) <= 50 for size in sizes)
+    assert list(itertools.chain(*sizes)) == sorted(itertools.chain(*sizes))
+    assert [len(b) for b in common.length_batches(examples[:3], lambda e: 99, tokens=50)] == [1] * 3
 
 
 # ------------------------------------------------------------------------------------- gradients
@@ -568,16 +601,14 @@ def gradients(
     args = arguments(batch_size=8, micro_batch_size=size, kl="jsd", temperature=2.0, ce_weight=0.3)
     module = token_level.TokenLevelLoss(student, teacher.head(), args.objective())
     student.model.zero_grad()
-    batches, tokens = common.micro_batches(examples, args, 0, ONE_PROCESS)
+    batches, tokens = micro_batches(examples, args, 0)
     total = 0.0
     for micro_batch in batches:
         batch = common.collate([e.student for e in micro_batch], CPU)
-        theirs = common.collate([e.teacher for e in micro_batch], CPU)
-        loss, _ = module(batch, common.teacher_states(teacher, theirs))
+        loss, _ = module(batch, common.teacher_hidden_states(teacher, micro_batch))
         (loss / tokens).backward()
         total += loss.item() / tokens
-    found = {n: p.grad.clone() for n, p in student.model.named_parameters()}
-    return found, total
+    return {n: p.grad.clone() for n, p in student.model.named_parameters()}, total
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gpt2"])
@@ -590,8 +621,8 @@ def test_micro_batches_give_the_gradient_of_one_batch(kind: str, tiny):
     norm = torch.cat([g.flatten() for g in whole.values()]).norm()
     assert norm > 1e-3
     for size in (1, 2, 5):
-        found, value = gradients(student, teacher, examples, size)
-        difference = torch.cat([(found[n] - whole[n]).flatten() for n in whole]).norm()
+        parts, value = gradients(student, teacher, examples, size)
+        difference = torch.cat([(parts[n] - whole[n]).flatten() for n in whole]).norm()
         assert difference / norm < 1e-5
         assert value == pytest.approx(loss, rel=1e-5)
 
@@ -600,22 +631,23 @@ def test_padded_vocabularies(tokenizer):
     """Heads of 512 and 448 rows over one tokenizer: compared on its ids, the others get nothing."""
     known = len(tokenizer.get_vocab())
     student, other = as_model(tokenizer, vocab_size=512), as_model(tokenizer, vocab_size=448)
-    common.check_same_vocabulary(student, other)
+    Pair(student, other).check_same_vocabulary()
     common.check_head(student)
     assert len(student.head().weight) == len(other.head().weight) == known
     assert student.vocabulary == known < 448
     examples = random_examples(8, seed=4, vocabulary=known)
     with torch.no_grad():
-        student.model.lm_head.weight[known:] *= 100  # phantoms that would win every argmax
+        student.model.lm_head.weight[known:] *= 100  # padding rows that would win every argmax
     padded, loss = gradients(student, other, examples, 2)
     assert padded["lm_head.weight"][known:].abs().max() == 0
     assert padded["lm_head.weight"][:known].abs().max() > 0
 
-    cut = copy.deepcopy(student)
-    cut.model.resize_token_embeddings(known)
-    found, value = gradients(cut, other, examples, 2)
+    inner = copy.deepcopy(student.model)
+    inner.resize_token_embeddings(known)
+    cut = language_model(inner, tokenizer, "cut")
+    exact, value = gradients(cut, other, examples, 2)
     assert value == pytest.approx(loss, rel=1e-6)
-    torch.testing.assert_close(found["lm_head.weight"], padded["lm_head.weight"][:known])
+    torch.testing.assert_close(exact["lm_head.weight"], padded["lm_head.weight"][:known])
     for temperature in (0.0, 5.0):
         written = common.generate(
             student, [[5, 6]] * 20, list(range(20)), max_new_tokens=8, temperature=temperature

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from conftest import example_of
 from torch import Tensor
 
 import common
-from common import Head, Objective
+from common import Head, Objective, Tokens
 
 OBJECTIVES = [
     Objective("forward"),
@@ -21,6 +22,15 @@ OBJECTIVES = [
     Objective("forward", ce_weight=0.7),
     Objective("reverse", ce_weight=1.3),
 ]
+
+
+def small_chunks(monkeypatch, size: int) -> None:
+    """Make every chunked computation take several chunks of `size` tokens."""
+
+    def chunks(tokens: int, *_) -> list[slice]:
+        return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
+
+    monkeypatch.setattr(common, "chunks", chunks)
 
 
 def plain_divergence(student: Tensor, teacher: Tensor, objective: Objective) -> Tensor:
@@ -50,14 +60,20 @@ def plain_loss(
 
 def random_heads(dtype=torch.float64, n=37, v=53, d=12, bias=True, scale=1.0, softcap=None):
     torch.manual_seed(0)
-    states, theirs = torch.randn(n, d, dtype=dtype), torch.randn(n, d + 3, dtype=dtype)
+    hidden, theirs = torch.randn(n, d, dtype=dtype), torch.randn(n, d + 3, dtype=dtype)
     weight, teacher_weight = torch.randn(v, d, dtype=dtype), torch.randn(v, d + 3, dtype=dtype)
     biases = [torch.randn(v, dtype=dtype) if bias else None for _ in range(2)]
     student = Head(weight.requires_grad_(), biases[0], scale, softcap)
     if bias:
         biases[0].requires_grad_()
     teacher = Head(teacher_weight, biases[1], scale, softcap)
-    return states.requires_grad_(), student, theirs, teacher, torch.randint(0, v, (n,))
+    return hidden.requires_grad_(), student, theirs, teacher, torch.randint(0, v, (n,))
+
+
+def plain_logits(hidden: Tensor, head: Head) -> Tensor:
+    raw = hidden @ head.weight.T + (0 if head.bias is None else head.bias)
+    raw = raw * head.scale
+    return raw if head.softcap is None else head.softcap * torch.tanh(raw / head.softcap)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
@@ -69,24 +85,22 @@ def random_heads(dtype=torch.float64, n=37, v=53, d=12, bias=True, scale=1.0, so
 )
 def test_chunked_loss_equals_plain_loss(objective, temperature, shape, monkeypatch):
     """Loss and every gradient to 1e-5 relative (in fact rounding), over several chunks."""
-    monkeypatch.setattr(common, "chunk_rows", lambda *_: 8)
+    small_chunks(monkeypatch, 8)
     objective = objective._replace(temperature=temperature)
-    states, student, theirs, teacher, targets = random_heads(**shape)
-    leaves = [x for x in (states, student.weight, student.bias) if x is not None]
-
-    def logits(states: Tensor, head: Head) -> Tensor:
-        raw = states @ head.weight.T + (0 if head.bias is None else head.bias)
-        raw = raw * head.scale
-        return raw if head.softcap is None else head.softcap * torch.tanh(raw / head.softcap)
-
-    plain = plain_loss(logits(states, student), logits(theirs, teacher), targets, objective)
+    hidden, student, theirs, teacher, targets = random_heads(**shape)
+    leaves = [x for x in (hidden, student.weight, student.bias) if x is not None]
+    logits = plain_logits(hidden, student), plain_logits(theirs, teacher)
+    plain = plain_loss(*logits, targets, objective)
     expected = torch.autograd.grad(plain, leaves)
-    chunked, sums = common.distillation_loss(states, student, targets, objective, theirs, teacher)
-    found = torch.autograd.grad(chunked * 3.0, leaves)
+    chunked, sums = common.distillation_loss(hidden, student, targets, objective, theirs, teacher)
+    gradients = torch.autograd.grad(chunked * 3.0, leaves)
     assert chunked.item() == pytest.approx(plain.item(), rel=1e-9)
-    for ours, theirs_ in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, 3.0 * theirs_, rtol=1e-8, atol=1e-9)
-    assert objective.temperature**2 * sums[0] + objective.ce_weight * sums[1] == chunked
+    for ours, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, 3.0 * wanted, rtol=1e-8, atol=1e-9)
+    assert sums[0] == chunked
+    probabilities = [(x / temperature).softmax(-1) for x in logits]
+    kl = plain_divergence(*probabilities, objective).sum().item()
+    assert sums[1].item() == pytest.approx(kl, rel=1e-9)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES[:6], ids=str)
@@ -124,59 +138,64 @@ def test_direction_of_the_divergences():
 
 def test_no_target_gives_a_connected_zero():
     """A micro-batch without targets: loss 0 and gradients of zeros, not None and not NaN."""
-    states, student, theirs, teacher, targets = random_heads()
+    hidden, student, theirs, teacher, targets = random_heads()
     none = slice(0, 0)
     loss, _ = common.distillation_loss(
-        states[none], student, targets[none], OBJECTIVES[-1], theirs[none], teacher
+        hidden[none], student, targets[none], OBJECTIVES[-1], theirs[none], teacher
     )
-    found = torch.autograd.grad(loss, [states, student.weight, student.bias])
-    assert loss.item() == 0 and all(g.abs().sum() == 0 for g in found)
+    gradients = torch.autograd.grad(loss, [hidden, student.weight, student.bias])
+    assert loss.item() == 0 and all(g.abs().sum() == 0 for g in gradients)
 
 
 def test_frozen_head_gets_no_gradient():
-    states, student, theirs, teacher, targets = random_heads(bias=False)
+    hidden, student, theirs, teacher, targets = random_heads(bias=False)
     frozen = student._replace(weight=student.weight.detach())
     arguments = (targets, Objective(), theirs, teacher)
-    (ours,) = torch.autograd.grad(common.distillation_loss(states, frozen, *arguments)[0], states)
-    (full,) = torch.autograd.grad(common.distillation_loss(states, student, *arguments)[0], states)
+    (ours,) = torch.autograd.grad(common.distillation_loss(hidden, frozen, *arguments)[0], hidden)
+    (full,) = torch.autograd.grad(common.distillation_loss(hidden, student, *arguments)[0], hidden)
     assert torch.equal(ours, full)
 
 
 def test_without_a_teacher_it_is_cross_entropy():
-    states, student, _, _, targets = random_heads(bias=False)
-    loss, sums = common.distillation_loss(states, student, targets, Objective(ce_weight=1.0))
+    hidden, student, _, _, targets = random_heads(bias=False)
+    loss, sums = common.distillation_loss(hidden, student, targets, Objective(ce_weight=1.0))
     expected = torch.nn.functional.cross_entropy(
-        states @ student.weight.T, targets, reduction="sum"
+        hidden @ student.weight.T, targets, reduction="sum"
     )
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    assert sums.tolist() == [0.0, loss.item()]
+    assert sums.tolist() == [loss.item(), 0.0]
 
 
-def test_token_logprobs_and_their_gradient(monkeypatch):
-    """The recomputing form, under a loss that couples tokens, against plain log-softmax."""
-    monkeypatch.setattr(common, "chunk_rows", lambda *_: 5)
-    states, head, _, _, targets = random_heads(softcap=3.0)
-    leaves = [states, head.weight, head.bias]
-    ours = common.token_logprobs(states, head, targets)
-    raw = states @ head.weight.T + head.bias
-    plain = (3 * torch.tanh(raw / 3)).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
-    found = torch.autograd.grad(ours.view(-1)[:36].view(6, 6).sum(1).exp().sum(), leaves)
-    expected = torch.autograd.grad(plain[:36].view(6, 6).sum(1).exp().sum(), leaves)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-14)
+@pytest.mark.parametrize("shape", [{}, {"softcap": 3.0}, {"scale": 0.3, "bias": False}], ids=str)
+def test_compare_against_plain_log_softmax(shape, monkeypatch):
+    """What evaluation reads at each target, over several chunks, at temperature 1."""
+    small_chunks(monkeypatch, 5)
+    hidden, student, theirs, teacher, targets = random_heads(**shape)
+    ours, wanted = (
+        plain_logits(*x).log_softmax(-1).detach() for x in ((hidden, student), (theirs, teacher))
+    )
+    values = common.compare(hidden, student, targets, theirs, teacher)
+    logprobs = ours.gather(1, targets[:, None])[:, 0]
+    kl = plain_divergence(ours.exp(), wanted.exp(), Objective())
+    torch.testing.assert_close(values["logprob"], logprobs, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(values["kl"], kl, rtol=1e-9, atol=1e-12)
+    assert values["agree"].tolist() == (ours.argmax(-1) == wanted.argmax(-1)).tolist()
+    alone = common.compare(hidden, student, targets)
+    assert alone.keys() == {"logprob"} and alone["logprob"].equal(values["logprob"])
+    none = common.compare(hidden[:0], student, targets[:0], theirs[:0], teacher)
+    assert {name: len(value) for name, value in none.items()} == {"logprob": 0, "kl": 0, "agree": 0}
 
 
-def test_bfloat16_states_are_summed_in_float32():
+def test_bfloat16_products_are_summed_in_float32():
     """Half-precision inputs: the logits are no worse than rounding the inputs makes them."""
-    states, student, *_ = random_heads(torch.float32, n=64, v=300, d=64)
-    rounded = states.detach().bfloat16()
-    exact = student.logits(rounded.double().float())
+    hidden, student, *_ = random_heads(torch.float32, n=64, v=300, d=64)
+    rounded = hidden.detach().bfloat16()
+    exact = common.matmul_fp32(rounded.float(), student.weight.detach())
     weight = student.weight.detach().bfloat16()
-    found = common.project(rounded, weight, student.bias.detach())
-    assert found.dtype == torch.float32
-    reference = rounded.double() @ weight.double().T + student.bias.double()
-    assert (found - reference).abs().max() < 1e-4 < (exact - reference).abs().max()
+    product = common.matmul_fp32(rounded, weight)
+    assert product.dtype == torch.float32
+    reference = rounded.double() @ weight.double().T
+    assert (product - reference).abs().max() < 1e-4 < (exact - reference).abs().max()
 
 
 def test_temperature_and_float32():
@@ -191,7 +210,7 @@ def test_temperature_and_float32():
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gpt2"])
 def test_head_is_the_models_own(kind, tiny):
-    """States times head, transformed, are the model's own logits; and `check_head` agrees."""
+    """`Head.logits` of the hidden states are the model's own logits, and `check_head` agrees."""
     model = tiny(kind)
     ids = torch.arange(2, 20).view(2, 9)
     own = model.model(input_ids=ids).logits
@@ -199,13 +218,13 @@ def test_head_is_the_models_own(kind, tiny):
     torch.testing.assert_close(ours, own.flatten(0, 1), rtol=1e-5, atol=1e-5)
     common.check_head(model)
     if kind == "gemma2":
-        model.model.config.final_logit_softcapping = 50.0  # now the configuration lies
+        model.config.final_logit_softcapping = 50.0  # no longer what the model does
         model.model.final_logit_softcapping = 5.0
         ours = model.head().logits(model.backbone(input_ids=ids).last_hidden_state.flatten(0, 1))
         assert (ours - own.flatten(0, 1)).abs().max() > 0.01
 
 
-def test_head_that_is_not_understood_is_refused(tiny):
+def test_a_model_that_changes_its_logits_otherwise_is_refused(tiny):
     model = tiny("llama")
     model.model.lm_head.register_forward_hook(lambda *a: a[-1].tanh())
     with pytest.raises(common.UsageError, match="changes its logits"):
@@ -217,27 +236,27 @@ def test_gradient_through_whole_models(kind, tiny):
     """Tied and untied embeddings, bias, softcap: every parameter's gradient equals autograd's."""
     student, teacher = tiny(kind, seed=1), tiny(kind, seed=2)
     examples = [
-        common.Tokens([5, 6, 7, 8, 9, 1], [3, 4, 5]),
-        common.Tokens([9, 8, 7, 6], [1, 3]),
-        common.Tokens([4, 4], [1]),
+        Tokens([5, 6, 7, 8, 9, 1], [3, 4, 5]),
+        Tokens([9, 8, 7, 6], [1, 3]),
+        Tokens([4, 4], [1]),
     ]
     batch = common.collate(examples, torch.device("cpu"))
     objective = Objective("jsd", temperature=2.0, ce_weight=0.5)
     loss, _ = common.distillation_loss(
-        student.states(batch), student.head(), batch.targets, objective,
-        common.teacher_states(teacher, batch), teacher.head(),
+        student.hidden_states(batch), student.head(), batch.targets, objective,
+        common.teacher_hidden_states(teacher, [*map(example_of, examples)]), teacher.head(),
     )  # fmt: skip
     parameters = list(student.model.parameters())
-    found = torch.autograd.grad(loss, parameters)
+    gradients = torch.autograd.grad(loss, parameters)
     plain = 0.0
     for tokens in examples:  # one by one: no padding at all
         ids = torch.tensor([tokens.ids])
-        place = torch.tensor(tokens.targets) - 1
+        before = torch.tensor(tokens.targets) - 1
         with torch.no_grad():
-            theirs = teacher.model(input_ids=ids).logits[0, place]
-        ours = student.model(input_ids=ids).logits[0, place]
-        plain = plain + plain_loss(ours, theirs, ids[0, place + 1], objective)
+            theirs = teacher.model(input_ids=ids).logits[0, before]
+        ours = student.model(input_ids=ids).logits[0, before]
+        plain = plain + plain_loss(ours, theirs, ids[0, before + 1], objective)
     expected = torch.autograd.grad(plain, parameters)
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max() + 1e-7)

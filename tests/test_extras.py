@@ -1,4 +1,4 @@
-"""LoRA and trackers, on the embedded pair: optional, and so that nothing is left of them after."""
+"""LoRA and trackers, which are optional, on the embedded pair."""
 
 from __future__ import annotations
 
@@ -14,37 +14,45 @@ from transformers import AutoModelForCausalLM
 import common
 import token_level
 
-SMALL = ("--max-rows", "640", "--eval-size", "60", "--eval-steps", "0", "--warmup-steps", "4")
-
 
 def metrics(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "train/loss" in line]
 
 
-def test_lora_learns_and_leaves_a_plain_model(tmp_path):
-    """Loss falls; checkpoints hold only what peft trains; final/ has the names of the student."""
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, shared_cache: Path) -> Path:
+    """The directory of a run with adapters that reports to a tracker."""
     pytest.importorskip("peft")
+    pytest.importorskip("tensorboard")
+    directory = tmp_path_factory.mktemp("extras")
     done = run_script(
-        "token_level.py", *SMALL, "--lora-rank", "8", "--max-steps", "40", "--output-dir", "run",
-        "--learning-rate", "1e-2", cwd=tmp_path,
+        "token_level.py", "--max-rows", "512", "--eval-size", "80", "--eval-steps", "0",
+        "--max-steps", "24", "--warmup-steps", "4", "--learning-rate", "1e-2",
+        "--lora-rank", "8", "--report-to", "tensorboard", "--output-dir", "run",
+        "--cache-dir", shared_cache, cwd=directory,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    losses = [line["train/loss"] for line in metrics(tmp_path / "run")]
+    return directory / "run"
+
+
+def test_lora_learns_and_leaves_a_plain_model(run: Path):
+    """Loss falls; only what peft trains has moved; final/ has the student's own tensor names."""
+    losses = [line["train/loss"] for line in metrics(run)]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    found = load_file(tmp_path / "run" / "final" / "model.safetensors")
-    given = load_file(common.DATA / "student" / "model.safetensors")
-    assert found.keys() == given.keys()
-    moved = {name for name in given if not torch.equal(found[name], given[name].float())}
-    assert moved == {name for name in given if name.endswith("_proj.weight")}
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    after = load_file(run / "final" / "model.safetensors")
+    before = load_file(common.DATA / "student" / "model.safetensors")
+    assert after.keys() == before.keys()
+    moved = {name for name in before if not torch.equal(after[name], before[name].float())}
+    assert moved == {name for name in before if name.endswith("_proj.weight")}
+    results = json.loads((run / "results.json").read_text())
     assert results["after"]["kl_to_teacher"] < results["before"]["kl_to_teacher"]
 
 
 def test_merged_adapters_are_the_model_that_was_trained(tmp_path):
     """Adapters alone are trained, and merging them changes no logit beyond rounding."""
     pytest.importorskip("peft")
-    args = token_level.Arguments(lora_rank=4)
+    args = token_level.Arguments(lora_rank=4, cache_teacher=False)
     student, _ = common.load_pair(args, torch.device("cpu"))
     trained = {name for name, p in student.model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
@@ -63,26 +71,21 @@ def test_merged_adapters_are_the_model_that_was_trained(tmp_path):
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
-def test_tensorboard_gets_what_metrics_jsonl_gets(tmp_path):
+def test_tensorboard_gets_what_metrics_jsonl_gets(run: Path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    done = run_script(
-        "token_level.py", *SMALL, "--max-steps", "4", "--report-to", "tensorboard",
-        "--output-dir", "run", cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    events = sorted((tmp_path / "run").rglob("events.out.tfevents*"))
-    found = {}
-    for directory in {e.parent for e in events}:
+    scalars = {}
+    for directory in {event.parent for event in run.rglob("events.out.tfevents*")}:
         reader = accumulator.EventAccumulator(str(directory))
         reader.Reload()
         for tag in reader.Tags()["scalars"]:
-            found[tag] = [(e.step, e.value) for e in reader.Scalars(tag)]
-    expected = [(line["step"], line["train/loss"]) for line in metrics(tmp_path / "run")]
-    assert [step for step, _ in found["train/loss"]] == [1, 2, 3, 4]
-    assert [v for _, v in found["train/loss"]] == pytest.approx([v for _, v in expected], rel=1e-5)
-    assert [step for step, _ in found["eval/exact_match"]] == [0, 4]
+            scalars[tag] = [(e.step, e.value) for e in reader.Scalars(tag)]
+    steps, values = zip(*scalars["train/loss"], strict=True)
+    assert steps == tuple(range(1, 25))
+    assert values == pytest.approx([line["train/loss"] for line in metrics(run)], rel=1e-5)
+    assert [step for step, _ in scalars["eval/exact_match"]] == [0, 24]
 
 
-def test_unknown_tracker_is_wrong_input(tmp_path):
-    done = run_script("token_level.py", "--report-to", "nothing", cwd=tmp_path)
-    assert done.returncode == 2 and "--report-to nothing" in done.stderr
+def test_unknown_tracker_is_wrong_input(capsys):
+    with pytest.raises(SystemExit) as end:
+        common.parse_arguments(token_level.Arguments, "", ["--report-to", "nothing"])
+    assert end.value.code == 2 and "--report-to nothing" in capsys.readouterr().err

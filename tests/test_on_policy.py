@@ -15,14 +15,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from conftest import ROOT, run_script, tiny_model
+from conftest import ROOT, example_of, run_script, tiny_model, with_response
 from safetensors.torch import load_file
 from torch import nn
 
 import common
 import on_policy
 import token_level
-from common import Conversation, Head, Objective, Prompt, UsageError
+from common import Conversation, Head, Objective, Pair, Prompt, UsageError
 from on_policy import Arguments
 
 SMALL = {
@@ -48,13 +48,13 @@ def accelerator() -> Accelerator:
 
 
 def in_process(module, place: Path, name: str, **changes) -> list[dict]:
-    """`main` of a script on the tiny pair, without a process's start; its lines of metrics."""
+    """Run `main` of a script on the tiny pair in this process; its lines of metrics."""
     AcceleratorState._reset_state()
     PartialState._reset_state()
     torch.set_num_threads(1)
     models = {"teacher": str(place / "teacher"), "student": str(place / "student")}
-    where = {"output_dir": str(place / name), "cache_dir": str(place / "cache")}
-    module.main(module.Arguments(**{**SMALL, **models, **where, **changes}))
+    directories = {"output_dir": str(place / name), "cache_dir": str(place / "cache")}
+    module.main(module.Arguments(**{**SMALL, **models, **directories, **changes}))
     return metrics(place / name)
 
 
@@ -99,7 +99,7 @@ def test_mix_0_is_token_level(flags: dict, place: Path):
     assert_same_end(place / names[0], place / names[1])
     assert [m["step"] for m in ours] == [m["step"] for m in theirs] == [*range(9), 8]
     for mine, its in zip(ours, theirs, strict=True):
-        assert its.items() <= mine.items()  # what is more is about the student's own text
+        assert its.items() <= mine.items()  # the rest are numbers of the student's own text
         assert not any(k.startswith("rollout/") for k in mine)
 
 
@@ -136,19 +136,19 @@ def test_pure_on_policy_has_the_teacher_write_no_training_text(place: Path, caps
     assert "step 1, the student writes:" in capsys.readouterr().out
     results = json.loads((place / "mix-1" / "results.json").read_text())
     for moment, step in (("before", 0), ("after", 8)):
-        found = results[moment]
-        ratio = found["kl_on_own_text"] / found["kl_to_teacher"]
-        assert found["exposure_bias"] == pytest.approx(ratio)
-        scored = next(m for m in lines if m["step"] == step and "eval/exposure_bias" in m)
-        assert scored["eval/kl_on_own_text"] == found["kl_on_own_text"]
+        scores = results[moment]
+        ratio = scores["kl_on_own_text"] / scores["kl_to_teacher"]
+        assert scores["exposure_bias"] == pytest.approx(ratio)
+        line = next(m for m in lines if m["step"] == step and "eval/exposure_bias" in m)
+        assert line["eval/kl_on_own_text"] == scores["kl_on_own_text"]
 
 
-def test_learns_on_the_embedded_pair(tmp_path: Path):
-    """As a user runs it: half of 24 steps on its own words bring the student nearer there."""
+def test_learns_on_the_embedded_pair(tmp_path: Path, shared_cache: Path):
+    """As a user runs it: 24 steps, half of them on its own text, lower the KL on that text."""
     flags = ["--max-rows", "512", "--max-steps", "24", "--eval-size", "80", "--eval-steps", "20"]
     flags += ["--learning-rate", "1e-3", "--warmup-steps", "8", "--lmbda", "0.5"]
-    flags += ["--output-dir", "run", "--save-steps", "0"]
-    done = run_script("on_policy.py", *flags, cwd=tmp_path, OMP_NUM_THREADS="1")
+    flags += ["--output-dir", "run", "--save-steps", "0", "--cache-dir", str(shared_cache)]
+    done = run_script("on_policy.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run/results.json").read_text())
     lines = metrics(tmp_path / "run")
@@ -169,17 +169,17 @@ def test_learns_on_the_embedded_pair(tmp_path: Path):
 
 
 class Fixed(nn.Module):
-    """A student whose states are parameters: one position, as often as there are targets."""
+    """A student whose hidden state is a parameter, the same at each target."""
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(0)
-        state, weight = (torch.randn(n, width, generator=draw) for n in (1, size))
+        hidden, weight = (torch.randn(n, width, generator=draw) for n in (1, size))
         self.model = SimpleNamespace()
-        self.state, self.weight = nn.Parameter(state.double()), nn.Parameter(weight.double())
+        self.hidden, self.weight = nn.Parameter(hidden.double()), nn.Parameter(weight.double())
 
-    def states(self, batch: common.Batch) -> torch.Tensor:
-        return self.state.expand(len(batch.targets), -1)
+    def hidden_states(self, batch: common.Batch) -> torch.Tensor:
+        return self.hidden.expand(len(batch.targets), -1)
 
     def head(self) -> Head:
         return Head(self.weight, None)
@@ -194,19 +194,20 @@ def test_sampled_estimator_has_the_exact_expected_gradient():
     student = Fixed(11, 5)
     draw = torch.Generator().manual_seed(1)
     teacher = Head(torch.randn(11, 7, generator=draw).double(), None)
-    states = torch.randn(1, 7, generator=draw).double()
+    teacher_hidden = torch.randn(1, 7, generator=draw).double()
 
     def gradient(estimator: str, target: int) -> tuple[torch.Tensor, torch.Tensor]:
         objective = Objective(kl="reverse")
         loss = on_policy.OnPolicyLoss(student, teacher, objective, estimator)  # type: ignore
         targets = torch.tensor([target])
         empty = torch.zeros(1, 1, dtype=torch.long)
-        value, sums = loss(common.Batch(empty, empty[0], empty[0], targets), states, True)
-        found = torch.autograd.grad(value, (student.state, student.weight))
-        return torch.cat([g.flatten() for g in found]), sums[0]
+        value, sums = loss(common.Batch(empty, empty[0], empty[0], targets), teacher_hidden, True)
+        gradients = torch.autograd.grad(value, (student.hidden, student.weight))
+        assert value == sums[0] == sums[1]
+        return torch.cat([g.flatten() for g in gradients]), sums[1]
 
-    logprobs = (student.state @ student.weight.t()).log_softmax(-1)[0].detach()
-    theirs = (states @ teacher.weight.t()).log_softmax(-1)[0]
+    logprobs = (student.hidden @ student.weight.t()).log_softmax(-1)[0].detach()
+    theirs = (teacher_hidden @ teacher.weight.t()).log_softmax(-1)[0]
     exact, kl = gradient("exact", 0)
     assert kl.item() == pytest.approx((logprobs.exp() * (logprobs - theirs)).sum().item())
     each = [gradient("sampled", y) for y in range(11)]
@@ -215,22 +216,48 @@ def test_sampled_estimator_has_the_exact_expected_gradient():
     assert min((g - exact).norm() for g, _ in each) > 0.1 * exact.norm()
     value = sum(p * v for p, (_, v) in zip(logprobs.exp(), each, strict=True))
     assert value.item() == pytest.approx(kl.item())
-    # Draws, as training has them: within five standard errors of the mean of 20000.
+    assert [v.item() for _, v in each] == pytest.approx((logprobs - theirs).tolist())
+    # Sampled tokens, as in training: within five standard errors of the mean of 20 000.
     tokens = torch.multinomial(logprobs.exp(), 20_000, replacement=True, generator=draw)
     drawn = torch.stack([each[y][0] for y in tokens.tolist()])
     error = drawn.std(0) / math.sqrt(len(drawn))
     assert ((drawn.mean(0) - exact).abs() <= 5 * error + 1e-12).all()
 
 
+def test_sampled_loss_against_autograd(monkeypatch):
+    """Its gradient over several chunks, with bias and softcap, is that of the policy gradient."""
+    monkeypatch.setattr(common, "chunks", lambda n, *_: [slice(i, i + 5) for i in range(0, n, 5)])
+    draw = torch.Generator().manual_seed(2)
+    n, size, cap = 17, 23, 3.0
+    hidden, weight, bias, theirs, other, their_bias = (
+        torch.randn(*shape, generator=draw, dtype=torch.float64)
+        for shape in ((n, 6), (size, 6), (size,), (n, 4), (size, 4), (size,))
+    )
+    leaves = [hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    targets = torch.randint(size, (n,), generator=draw)
+    student, teacher = Head(weight, bias, softcap=cap), Head(other, their_bias, softcap=cap)
+    loss, sums = on_policy.sampled_loss(hidden, student, targets, theirs, teacher)
+    ours, wanted = (
+        (cap * torch.tanh((h @ w.t() + b) / cap)).log_softmax(-1).gather(1, targets[:, None])
+        for h, w, b in ((hidden, weight, bias), (theirs, other, their_bias))
+    )
+    assert sums.tolist() == pytest.approx([(ours - wanted).sum().item()] * 2)
+    gradients = torch.autograd.grad(loss, leaves)
+    expected = torch.autograd.grad(((ours - wanted).detach() * ours).sum(), leaves)
+    for gradient, plain in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, plain, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("estimator", ["exact", "sampled"])
 def test_nothing_written_is_a_connected_zero(estimator: str, tiny):
-    """Whatever the process has no tokens for leaves zero gradients, not none and not NaN."""
+    """A micro-batch without target tokens gives zero gradients, not None and not NaN."""
     student, teacher = tiny("llama"), tiny("qwen2", seed=1)
     loss = on_policy.OnPolicyLoss(student, teacher.head(), Objective(kl="reverse"), estimator)
-    empty = [common.with_response([7, 8, 9], []), common.with_response([4, 5], [])]
+    empty = [with_response([7, 8, 9], []), with_response([4, 5], [])]
     for tokens in (empty, []):
         batch = common.collate(tokens, torch.device("cpu"))
-        value, sums = loss(batch, common.teacher_states(teacher, batch), True)
+        theirs = common.teacher_hidden_states(teacher, [*map(example_of, tokens)])
+        value, sums = loss(batch, theirs, True)
         value.backward()
         assert value.item() == 0 and sums.tolist() == [0] * 5
         gradients = [p.grad for p in student.model.parameters()]
@@ -239,31 +266,36 @@ def test_nothing_written_is_a_connected_zero(estimator: str, tiny):
 
 
 def test_cross_entropy_is_for_text_of_others(tiny):
+    """On the student's own text --ce-weight has no effect: the loss is the divergence alone."""
     student, teacher = tiny("llama"), tiny("llama", seed=1)
     objective = Objective(kl="reverse", ce_weight=0.5)
     loss = on_policy.OnPolicyLoss(student, teacher.head(), objective, "exact")
-    batch = common.collate([common.with_response([7, 8, 9], [10, 11, 1])], torch.device("cpu"))
-    states = common.teacher_states(teacher, batch)
-    own, sums = loss(batch, states, True)
-    assert sums[1] == 0 and own.item() == pytest.approx(sums[0].item())
-    teachers, sums = loss(batch, states, False)
-    assert sums[1] > 1 and teachers.item() == pytest.approx((sums[0] + 0.5 * sums[1]).item())
-    assert sums[2:].tolist() == [0, 0, 0]
+    tokens = with_response([7, 8, 9], [10, 11, 1])
+    batch = common.collate([tokens], torch.device("cpu"))
+    theirs = common.teacher_hidden_states(teacher, [example_of(tokens)])
+    own, sums = loss(batch, theirs, True)
+    assert own.item() == sums[0].item() == pytest.approx(sums[1].item())
+    text, sums = loss(batch, theirs, False)
+    logprobs = student.model(batch.input_ids).logits[0].log_softmax(-1)
+    ce = -sum(logprobs[i - 1, tokens.ids[i]].item() for i in tokens.targets)
+    assert sums[1].item() == pytest.approx(own.item())
+    assert text.item() == sums[0].item() == pytest.approx(own.item() + 0.5 * ce)
+    assert ce > 1 and sums[2:].tolist() == [0, 0, 0]
 
 
 def test_entropies_against_plain_ones(tiny, monkeypatch):
     """All tokens where they fit into a chunk; else at most a chunk of them, evenly spread."""
     student, teacher = tiny("llama"), tiny("gemma2", seed=1)
-    states = [torch.randn(50, 32, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
+    hidden = [torch.randn(50, 32, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
     plain = [
-        torch.distributions.Categorical(logits=m.head().logits(s).double()).entropy()
-        for m, s in zip((student, teacher), states, strict=True)
+        torch.distributions.Categorical(logits=m.head().logits(h).double()).entropy()
+        for m, h in zip((student, teacher), hidden, strict=True)
     ]
-    pair = (states[0], student.head(), states[1], teacher.head())
-    found = on_policy.entropies(*pair)
-    assert found.tolist() == pytest.approx([*(p.sum().item() for p in plain), 50], rel=1e-5)
-    monkeypatch.setattr(common, "chunk_rows", lambda *_: 20)
-    some = on_policy.entropies(*pair)
+    inputs = (hidden[0], student.head(), hidden[1], teacher.head())
+    everything = on_policy.entropies(*inputs)
+    assert everything.tolist() == pytest.approx([*(p.sum().item() for p in plain), 50], rel=1e-5)
+    monkeypatch.setattr(common, "chunks", lambda n, *_: [slice(i, i + 20) for i in range(0, n, 20)])
+    some = on_policy.entropies(*inputs)
     assert some.tolist() == pytest.approx([*(p[::3].sum().item() for p in plain), 17], rel=1e-5)
 
 
@@ -272,15 +304,15 @@ def test_entropies_against_plain_ones(tiny, monkeypatch):
 
 def rollouts(student, accelerator, steps: int = 30, **flags) -> on_policy.Rollouts:
     args = Arguments(batch_size=6, max_new_tokens=8, **{"mix": 0.5, **flags})
-    return on_policy.Rollouts(student, prompts_of(20), args, steps, accelerator)
+    return on_policy.Rollouts(Pair(student, student), prompts_of(20), args, steps, accelerator)
 
 
 def test_rollouts_are_ids_and_cut_ones_have_no_end(tiny, accelerator):
     """Each row's ids as the generator wrote them with that row's seed, alone, after its prompt."""
-    student = tiny("llama")
+    student = tiny("llama", dtype=torch.float64)  # so that no batch changes text by rounding
     student.end_ids = list(range(5, 60))
     source = rollouts(student, accelerator, mix=1.0, seed=4, max_length=9)
-    examples, about = source(7)
+    examples, numbers = source(7)
     prompts = common.global_batch(source.prompts, source.args, 7)
     lengths, cut = [], []
     for row, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
@@ -291,13 +323,13 @@ def test_rollouts_are_ids_and_cut_ones_have_no_end(tiny, accelerator):
         ids, targets = example.student
         assert ids == (prompt.student + alone.ids)[:9] and example.teacher == example.student
         assert [ids[i] for i in targets] == alone.ids[: 9 - len(prompt.student)]
-        assert example.where == prompt.conversation.where
+        assert example.prompt == prompt and example.index == row
         lengths.append(len(alone.ids))
         cut.append(not alone.finished)
         if cut[-1]:
             assert not set(alone.ids) & set(student.end_ids)
-    assert about["rollout/response_tokens"] == pytest.approx(sum(lengths) / 6)
-    assert about["rollout/cut_off"] == pytest.approx(sum(cut) / 6) and 0 < sum(cut) < 6
+    assert numbers["rollout/response_tokens"] == pytest.approx(sum(lengths) / 6)
+    assert numbers["rollout/cut_off"] == pytest.approx(sum(cut) / 6) and 0 < sum(cut) < 6
     again, _ = rollouts(student, accelerator, mix=1.0, seed=4, max_length=9)(7)
     assert again == examples
     other, _ = rollouts(student, accelerator, mix=1.0, seed=5, max_length=9)(7)
@@ -306,7 +338,7 @@ def test_rollouts_are_ids_and_cut_ones_have_no_end(tiny, accelerator):
 
 def test_rollouts_in_bulk_are_those_of_single_steps(tiny, accelerator, monkeypatch):
     """The next n on-policy steps in one call; by an unchanged student the same text; staleness."""
-    student, calls = tiny("llama"), []
+    student, calls = tiny("llama", dtype=torch.float64), []
     generate = common.generate
 
     def counting(model, prompts, *rest, **settings):
@@ -319,37 +351,41 @@ def test_rollouts_in_bulk_are_those_of_single_steps(tiny, accelerator, monkeypat
     expected = [single(s)[0] for s in due]
     assert calls == [6] * len(due)
     calls.clear()
-    found = [bulk(s) for s in due]
-    assert [examples for examples, _ in found] == expected
+    sampled = [bulk(s) for s in due]
+    assert [examples for examples, _ in sampled] == expected
     groups = [due[i : i + 4] for i in range(0, len(due), 4)]
     assert calls == [6 * len(g) for g in groups] and not bulk.waiting
-    stale = [about["rollout/staleness"] for _, about in found]
+    stale = [numbers["rollout/staleness"] for _, numbers in sampled]
     assert stale == [s - g[0] for g in groups for s in g] and max(stale) > 0
 
 
-def test_what_waits_is_saved_and_loaded(tiny, accelerator, tmp_path):
+def test_text_that_waits_is_saved_and_loaded(tiny, accelerator, tmp_path):
     source = rollouts(tiny("llama"), accelerator, rollout_steps=3)
     due = [s for s in range(30) if source.args.on_policy(s)]
     source(due[0])
     source.save(str(tmp_path))
     other = rollouts(tiny("llama", seed=9), accelerator, rollout_steps=3)
     other.load(str(tmp_path))
-    assert list(other.waiting) == due[1:3] and other.waiting == source.waiting
-    assert [other(s) for s in due[1:3]] == [source(s) for s in due[1:3]]
+    assert list(other.waiting) == list(source.waiting) == due[1:3]
+    for step in due[1:3]:
+        (ours, numbers), (theirs, logged) = other(step), source(step)
+        assert [e.student for e in ours] == [e.student for e in theirs] and numbers == logged
     other.save(str(tmp_path))
     source.load(str(tmp_path))
     assert source.waiting == {}
 
 
-def test_evaluation_on_own_text(tiny, accelerator, tmp_path):
-    """kl_on_own_text: sampled rows, one by one, through the models' own logits in float64."""
-    student, teacher = tiny("llama", seed=1), tiny("qwen2", seed=2)
+def test_evaluation_on_own_text(tiny, tmp_path):
+    """kl_on_own_text: sampled answers, one by one, through the models' own logits in float64."""
+    student, teacher = (
+        tiny(kind, seed, torch.float64) for kind, seed in (("llama", 1), ("qwen2", 2))
+    )
     student.end_ids = list(range(5, 60))
     args = Arguments(max_new_tokens=8, cache_dir=str(tmp_path), seed=3)
     prompts = prompts_of(12)
-    evaluator = on_policy.Evaluator(prompts, student, teacher, args, accelerator)
+    evaluator = on_policy.Evaluator(prompts, Pair(student, teacher), args)
     student.model.train()
-    found = common.scores(evaluator(student))
+    scores = common.scores(evaluator(student))
     assert student.model.training
     kl = tokens = 0.0
     for i, prompt in enumerate(prompts):
@@ -365,35 +401,38 @@ def test_evaluation_on_own_text(tiny, accelerator, tmp_path):
             )
         kl += (theirs.exp() * (theirs - ours)).sum().item()
         tokens += len(response.ids)
-    assert found["kl_on_own_text"] == pytest.approx(kl / tokens, rel=1e-4)
-    ratio = found["kl_on_own_text"] / found["kl_to_teacher"]
-    assert found["exposure_bias"] == pytest.approx(ratio)
+    assert scores["kl_on_own_text"] == pytest.approx(kl / tokens, rel=1e-4)
+    ratio = scores["kl_on_own_text"] / scores["kl_to_teacher"]
+    assert scores["exposure_bias"] == pytest.approx(ratio)
 
 
-def test_health(tiny):
+def test_rollout_monitor(tiny):
     """Each warning once while its cause lasts, and again when it comes back."""
-    health = on_policy.Health(tiny("llama"), 7.0, Arguments(eval_steps=10))
+    monitor = on_policy.RolloutMonitor(tiny("llama"), 7.0, Arguments(eval_steps=10))
 
     def after(step: int, *notes: tuple[float, float, float]) -> list[str]:
         for length, own, teachers in notes:
-            mean = health.note(length, *torch.tensor([own * 4, teachers * 4, 4.0]))
+            mean = monitor.note(length, *torch.tensor([own * 4, teachers * 4, 4.0]))
             assert mean["rollout/entropy"] == pytest.approx(own)
-        return list(health.warnings(step))
+        return list(monitor.warnings(step))
 
     assert after(9) == []
     assert after(9, (8, 0.5, 0.4), (19, 0.5, 0.4)) == []  # 13.5 tokens on the mean
-    (said,) = after(19, (8, 0.5, 0.4), (22, 0.5, 0.4))
-    assert "step 20" in said and "15 tokens" in said and "--mix" in said
+    (line,) = after(19, (8, 0.5, 0.4), (22, 0.5, 0.4))
+    assert "step 20" in line and "15 tokens" in line and "--mix" in line
     assert after(29, (30, 0.5, 0.4)) == []
-    (said,) = after(39, (30, 0.05, 0.4))
-    assert "0.050 nats" in said and "0.400" in said
+    (line,) = after(39, (30, 0.05, 0.4))
+    assert "0.050 nats" in line and "0.400" in line
     assert after(49, (8, 0.5, 0.4)) == []
     assert len(after(59, (30, 0.01, 0.4))) == 2
-    assert math.isfinite(health.note(0.0, *torch.zeros(3))["rollout/entropy"])
+    assert math.isfinite(monitor.note(0.0, *torch.zeros(3))["rollout/entropy"])
 
-    example = common.Example(*[common.with_response([5, 6], [7, 1])] * 2, "here")
-    shown = [s for s in range(25) if list(health.samples(s, [example] * 3))]
-    assert shown == [0, 10, 20]
+    examples = [example_of(with_response([5, 6], [7, i]), i) for i in (1, 8, 9)]
+    shown = {s: lines for s in range(25) if (lines := list(monitor.samples(s, examples)))}
+    assert list(shown) == [0, 10, 20]
+    assert len(shown[0]) == 3 and "step 1," in shown[0][0]  # a title and two answers
+    decode = monitor.student.tokenizer.decode
+    assert shown[0][2] == f"  {decode([5, 6])!r}\n    {decode([7, 8])!r}"
 
 
 def test_flags_that_contradict_each_other():
@@ -417,8 +456,8 @@ def test_flags_that_contradict_each_other():
 
 # ----------------------------------------------------------------------- processes and resuming
 
-# on_policy.py, which is killed where the environment says so, after the text of a step was
-# sampled and before anything was learned from it, and which leaves the ids of its steps.
+# Runs on_policy.py and records the ids of each on-policy step. It is killed at the step KILL_AT,
+# after that step's text was sampled and before anything was learned from it.
 SCRIPT = f"""
 import json, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -427,18 +466,21 @@ import common, on_policy
 call = on_policy.Rollouts.__call__
 
 def watched(self, step):
-    found = call(self, step)
+    result = call(self, step)
     if self.accelerator.is_main_process:
         with open(os.environ["ROLLOUTS"], "a") as stream:
-            ids = [e.student.ids for e in found[0]]
+            ids = [e.student.ids for e in result[0]]
             print(json.dumps({{"step": step, "ids": ids, "left": len(self.waiting)}}), file=stream)
     if step == int(os.environ.get("KILL_AT", -1)):
         os.kill(os.getpid(), signal.SIGKILL)
-    return found
+    return result
 
 on_policy.Rollouts.__call__ = watched
 common.launch(on_policy.main, on_policy.Arguments, "")
 """
+
+
+MIXED = ("--mix", "0.7", "--rollout-steps", "3", "--batch-size", "7")
 
 
 def launch(place: Path, name: str, *flags: str, processes: int = 1, kill_at: int = -1) -> int:
@@ -446,10 +488,10 @@ def launch(place: Path, name: str, *flags: str, processes: int = 1, kill_at: int
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    where = ["--teacher", "teacher", "--student", "student", "--cache-dir", "cache"]
+    models = ["--teacher", "teacher", "--student", "student", "--cache-dir", "cache"]
     done = subprocess.run(
-        [*command, "script.py", *WORDS, *where, "--output-dir", name, *flags],
-        cwd=place, capture_output=True, text=True, timeout=300,
+        [*command, "script.py", *WORDS, *models, "--output-dir", name, *flags],
+        cwd=place, capture_output=True, text=True, timeout=1800,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
              "ROLLOUTS": f"{name}.rollouts", "KILL_AT": str(kill_at)},
     )  # fmt: skip
@@ -459,38 +501,39 @@ def launch(place: Path, name: str, *flags: str, processes: int = 1, kill_at: int
 
 def written(place: Path, name: str) -> dict[int, list]:
     lines = (place / f"{name}.rollouts").read_text().splitlines()
-    return {row["step"]: row["ids"] for row in map(json.loads, lines)}
+    return {line["step"]: line["ids"] for line in map(json.loads, lines)}
 
 
-def test_killed_between_rollout_and_update(place: Path):
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    """A run that nothing interrupts: most steps on own text, sampled for three steps at a time."""
+    assert launch(place, "whole", *MIXED) == 0
+    return place / "whole"
+
+
+def test_killed_between_rollout_and_update(place: Path, whole: Path):
     """SIGKILL with text waiting for later steps: resumed, it ends as the run that was not."""
-    args = Arguments(**SMALL, mix=0.7, rollout_steps=3)
+    args = Arguments(**{**SMALL, "batch_size": 7}, mix=0.7, rollout_steps=3)
     due = [s for s in range(8) if args.on_policy(s)]
-    flags = ("--mix", "0.7", "--rollout-steps", "3")
-    assert launch(place, "whole", *flags) == 0
     # Killed at the last step of a bulk, whose text waited, and at the first of the next.
     waited, fresh = due[2:4]
     assert waited >= 2
-    assert launch(place, "cut", *flags, kill_at=waited) == -signal.SIGKILL
+    assert launch(place, "cut", *MIXED, kill_at=waited) == -signal.SIGKILL
     kept = place / "cut" / "checkpoints" / f"step-{waited // 2 * 2:06}" / "rollouts.safetensors"
-    assert len(load_file(kept)["rows"]) >= 8  # the text of a step at least
-    assert launch(place, "cut", *flags, "--resume", kill_at=fresh) == -signal.SIGKILL
-    assert launch(place, "cut", *flags, "--resume") == 0
-    assert_same_end(place / "cut", place / "whole")
-    assert metrics(place / "cut") == metrics(place / "whole")
+    assert len(load_file(kept)["rows"]) >= 7  # the text of a step at least
+    assert launch(place, "cut", *MIXED, "--resume", kill_at=fresh) == -signal.SIGKILL
+    assert launch(place, "cut", *MIXED, "--resume") == 0
+    assert_same_end(place / "cut", whole)
+    assert metrics(place / "cut") == metrics(whole)
     assert written(place, "cut") == written(place, "whole")
 
 
-def test_two_processes_write_and_learn_as_one(place: Path):
-    """Of 7 rows one process writes 4, the other 3: the same ids at step 1, losses to 1e-3."""
-    flags = ("--mix", "1", "--batch-size", "7", "--rollout-steps", "2", "--save-steps", "0")
-    assert launch(place, "one", *flags) == 0
-    assert launch(place, "two", *flags, processes=2) == 0
-    assert written(place, "two")[0] == written(place, "one")[0]
-    one, two = (
-        [m["train/loss"] for m in metrics(place / n) if "train/loss" in m] for n in ("one", "two")
-    )
-    assert len(one) == 8 and two == pytest.approx(one, rel=1e-3)
-    for key in ("rollout/entropy", "rollout/response_tokens", "eval/kl_on_own_text"):
-        values = [[m[key] for m in metrics(place / n) if key in m] for n in ("one", "two")]
-        assert values[1] == pytest.approx(values[0], rel=1e-3) and values[0]
+def test_two_processes_write_and_learn_as_one(place: Path, whole: Path):
+    """Of 7 rows one process writes 4, the other 3: the same ids at first, losses to 1e-3."""
+    assert launch(place, "two", *MIXED, processes=2) == 0
+    first = min(written(place, "whole"))
+    assert written(place, "two")[first] == written(place, "whole")[first]
+    for key in ("train/loss", "train/kl_on_own_text", "rollout/entropy",
+                "rollout/response_tokens", "eval/kl_on_own_text"):  # fmt: skip
+        one, two = ([m[key] for m in metrics(run) if key in m] for run in (whole, place / "two"))
+        assert one and two == pytest.approx(one, rel=1e-3)

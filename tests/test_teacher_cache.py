@@ -1,22 +1,25 @@
-"""The teacher's states on disk: the same bits every time, whole after a cut, no backbone needed."""
+"""The teacher's hidden states on disk: always the same bits, whole after a kill, no backbone."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import gc
 import json
 import random
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import tiny_model
+from conftest import example_of, tiny_model
+from safetensors.torch import load_file
 
 import common
 import token_level
-from common import Example, KeptTeacher, LanguageModel, TeacherStates, Tokens, UsageError
+from common import Example, LanguageModel, TeacherHiddenStates, Tokens, UsageError
 
 KINDS = ("llama", "qwen2", "gemma2", "gpt2")
 
@@ -31,145 +34,185 @@ def small_batches(monkeypatch):
 @pytest.fixture
 def examples(tokenizer) -> list[Example]:
     pick = random.Random(0)
-    rows = []
+    examples = []
     for i in range(30):
         ids = [pick.randrange(5, len(tokenizer)) for _ in range(pick.randrange(4, 20))]
-        tokens = Tokens(ids, list(range(pick.randrange(1, 4), len(ids))))
-        rows.append(Example(tokens, tokens, f"row {i}"))
-    return rows
+        examples.append(example_of(Tokens(ids, list(range(pick.randrange(1, 4), len(ids)))), i))
+    return examples
 
 
-def arguments(directory: Path, **changes: object) -> token_level.Arguments:
-    options = {"cache_dir": str(directory), "cache_teacher": True, **changes}
-    return token_level.Arguments(**options)
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """The number of examples in each batch that the teacher reads."""
+    sizes: list[int] = []
+    real = common.teacher_hidden_states
+
+    def counted(teacher, examples):
+        sizes.append(len(examples))
+        return real(teacher, examples)
+
+    monkeypatch.setattr(common, "teacher_hidden_states", counted)
+    return sizes
 
 
-def states_of(teacher, examples, directory: Path) -> TeacherStates:
-    return TeacherStates(teacher, examples, arguments(directory), Accelerator(), "some text")
+def cached(teacher: LanguageModel, examples: list[Example], directory: Path) -> TeacherHiddenStates:
+    teacher.states_dir = directory
+    return TeacherHiddenStates(teacher, examples, token_level.Arguments(), "some text")
 
 
-def stop_after(monkeypatch, calls: int) -> None:
-    """The run is cut when the teacher has done this many batches."""
-    whole, left = common.teacher_states, iter(range(calls))
-
-    def cut(*inputs):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return whole(*inputs)
-
-    monkeypatch.setattr(common, "teacher_states", cut)
+def batches_of(examples: list[Example]) -> list[list[Example]]:
+    return common.length_batches(examples, lambda e: len(e.teacher.ids))
 
 
-def the_file(directory: Path) -> Path:
-    (path,) = (directory / "states").glob("*.bin")
-    return path
+def files(directory: Path) -> dict[str, bytes]:
+    """The content of every file of hidden states; a name ends in .part while it is written."""
+    paths = sorted(p for p in directory.glob("*.safetensors*") if p.name != "head.safetensors")
+    return {path.name: path.read_bytes() for path in paths}
 
 
-# -------------------------------------------------------------------------------- the states
+def file_of(example: Example, directory: Path, teacher: LanguageModel) -> Path:
+    """The one file that this example has in a cache by itself."""
+    alone = directory / "alone"
+    cached(teacher, [example], alone)
+    (name,) = files(alone)
+    shutil.rmtree(alone)
+    return directory / name
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+# -------------------------------------------------------------------------- the hidden states
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_teachers_own_bits_come_back(tiny, examples, tmp_path, dtype):
-    live = tiny("llama")
-    teacher = LanguageModel("llama", live.model.to(dtype), live.tokenizer, dtype, lambda: "llama")
-    states = states_of(teacher, examples, tmp_path)
-    assert len(states.batches) > 3
-    for batch in states.batches:
-        theirs = common.collate([e.teacher for e in batch], teacher.device)
-        expected = common.teacher_states(teacher, theirs)
-        assert expected.dtype == dtype
+    """One file for each example, which holds its hidden states in the teacher's dtype."""
+    teacher = tiny("llama", dtype=dtype)
+    states = cached(teacher, examples, tmp_path)
+    assert len(batches_of(examples)) > 3
+    for batch in batches_of(examples):
+        expected = common.teacher_hidden_states(teacher, batch)
+        assert expected.dtype == states(batch).dtype == dtype
         assert states(batch).view(torch.uint8).equal(expected.view(torch.uint8))
-    assert the_file(tmp_path).stat().st_size == sum(len(e.teacher.targets) for e in examples) * (
-        32 * dtype.itemsize
-    )
+    stored = [load_file(tmp_path / name)["hidden"] for name in files(tmp_path)]
+    assert sorted(map(len, stored)) == sorted(len(e.teacher.targets) for e in examples)
+    assert {(part.shape[1], part.dtype) for part in stored} == {(32, dtype)}
 
 
 def test_any_grouping_agrees_with_the_live_teacher(tiny, examples, tmp_path):
     teacher = tiny("gemma2")
-    kept = states_of(teacher, examples, tmp_path)
-    live = TeacherStates(
-        teacher, examples, token_level.Arguments(), Accelerator(), "the same, live"
-    )
-    group = random.Random(1).sample(examples, 7)
-    torch.testing.assert_close(kept(group), live(group), rtol=1e-5, atol=1e-5)
-    assert kept([]).shape == live([]).shape == (0, 32)
+    states = cached(teacher, examples, tmp_path)
+    for count in (1, 7, 30):
+        group = random.Random(count).sample(examples, count)
+        live = states(group, live=True)
+        assert live.equal(common.teacher_hidden_states(teacher, group))
+        torch.testing.assert_close(states(group), live, rtol=1e-5, atol=1e-5)
+        assert states(group).equal(torch.cat([states([e]) for e in group]))
+    assert states([]).shape == states([], live=True).shape == (0, 32)
 
 
-def test_a_cut_is_completed_and_equal(tiny, examples, tmp_path, monkeypatch):
+def test_without_a_directory_the_teacher_is_live(tiny, examples):
     teacher = tiny("llama")
-    states_of(teacher, examples, tmp_path / "uncut")
+    states = TeacherHiddenStates(teacher, examples, token_level.Arguments(), "some text")
+    assert states(examples[:3]).equal(common.teacher_hidden_states(teacher, examples[:3]))
+
+
+def test_a_killed_fill_is_completed_and_equal(tiny, examples, tmp_path, monkeypatch, computed):
+    """Bit for bit what an uninterrupted run writes, and no batch is computed twice."""
+    teacher = tiny("llama")
+    cached(teacher, examples, tmp_path / "uncut")
+    whole, batches = files(tmp_path / "uncut"), batches_of(examples)
+    assert len(computed) == len(batches) and len(whole) == 30
+    computed.clear()
+    saved, save = [], common.save_tensors
+
+    def interrupt(tensors, path):
+        """Die in the middle of the third batch's second file, which is left half written."""
+        saved.append(path.name)
+        if len(saved) == 1 + len(batches[0]) + len(batches[1]) + 2:  # the head is the first
+            path.with_name(path.name + ".part").write_bytes(b"half")
+            raise KeyboardInterrupt
+        save(tensors, path)
+
     with monkeypatch.context() as patch:
-        stop_after(patch, 2)
+        patch.setattr(common, "save_tensors", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            states_of(teacher, examples, tmp_path / "cut")
-    path = the_file(tmp_path / "cut")
-    record = path.with_suffix(".done")
-    assert len(record.read_text().splitlines()) == 2
-    record.write_text(record.read_text() + "2 17")  # a line that the cut has torn
-    with monkeypatch.context() as patch:
-        batches = len(states_of(teacher, examples, tmp_path / "uncut").batches)
-        stop_after(patch, batches - 2)
-        states_of(teacher, examples, tmp_path / "cut")
-    assert path.read_bytes() == the_file(tmp_path / "uncut").read_bytes()
-    assert len(record.read_text().splitlines()) == batches
+            cached(teacher, examples, tmp_path / "cut")
+    assert 0 < len(files(tmp_path / "cut")) < 30
+    cached(teacher, examples, tmp_path / "cut")
+    assert files(tmp_path / "cut") == whole
+    assert computed == [len(b) for b in [*batches[:3], *batches[2:]]]
 
 
-def test_a_disk_too_small_is_an_error_before_anything_is_written(
-    tiny, examples, tmp_path, monkeypatch, capsys
+def test_data_sets_that_overlap_share_files(tiny, examples, tmp_path, computed):
+    """One added example: its batch is computed and its file is written, no other."""
+    teacher = tiny("llama")
+    cached(teacher, examples[:-1], tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.safetensors")}
+    computed.clear()
+    states = cached(teacher, examples, tmp_path)
+    (batch,) = [b for b in batches_of(examples) if examples[-1] in b]
+    assert computed == [len(batch)]
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    assert len(files(tmp_path)) == 30
+    live = common.teacher_hidden_states(teacher, examples[-3:])
+    torch.testing.assert_close(states(examples[-3:]), live, rtol=1e-5, atol=1e-5)
+    computed.clear()
+    cached(teacher, examples[5:20], tmp_path)  # a part of it needs nothing
+    cached(teacher, [dataclasses.replace(e, index=99 - e.index) for e in examples], tmp_path)
+    assert computed == [] and len(files(tmp_path)) == 30
+
+
+def test_an_example_that_occurs_twice_has_one_file(tiny, examples, tmp_path):
+    teacher = tiny("llama")
+    twin = dataclasses.replace(examples[0], index=30)
+    states = cached(teacher, [*examples, twin], tmp_path)
+    assert len(files(tmp_path)) == 30
+    assert states([twin]).equal(states([examples[0]]))
+
+
+def test_a_disk_too_small_is_an_error_before_states_are_written(
+    tiny, examples, tmp_path, monkeypatch, capsys, computed
 ):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UsageError, match="--cache-dir"):
-        states_of(tiny("llama"), examples, tmp_path)
-    assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.done"))
+        cached(tiny("llama"), examples, tmp_path)
+    assert not files(tmp_path) and not computed
     assert "128 bytes a token" in capsys.readouterr().out
 
 
-def short(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flipped(path: Path) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    path.write_bytes(raw)
-
-
-def unreadable(path: Path) -> None:
-    path.with_suffix(".done").write_text("nonsense\n")
-
-
-@pytest.mark.parametrize("damage", [short, flipped, unreadable])
-def test_a_damaged_file_is_named_and_deleting_it_helps(tiny, examples, tmp_path, damage):
+def test_a_truncated_file_is_named_and_deleting_it_helps(tiny, examples, tmp_path):
     teacher = tiny("llama")
-    states_of(teacher, examples, tmp_path)
-    path = the_file(tmp_path)
-    whole = path.read_bytes()
-    damage(path)
+    states = cached(teacher, examples, tmp_path)
+    whole, path = files(tmp_path), file_of(examples[4], tmp_path, teacher)
+    truncate(path)
     with pytest.raises(UsageError, match=f"{path}.*delete the file"):
-        states_of(teacher, examples, tmp_path)
+        states(examples[3:6])
     path.unlink()
-    states_of(teacher, examples, tmp_path)
-    assert path.read_bytes() == whole
+    cached(teacher, examples, tmp_path)
+    assert files(tmp_path) == whole
 
 
-def test_the_key_is_the_teacher_its_dtype_and_the_text(tiny, examples, tmp_path):
-    teacher = tiny("llama")
-    half = LanguageModel(
-        "llama", teacher.model, teacher.tokenizer, torch.bfloat16, lambda: teacher.digest
-    )
-    tokens = examples[3].teacher
-    fewer = examples.copy()
-    fewer[3] = examples[3]._replace(teacher=tokens._replace(targets=tokens.targets[1:]))
-    other = examples.copy()
-    other[3] = examples[3]._replace(teacher=tokens._replace(ids=[7, *tokens.ids[1:]]))
-    student = examples.copy()
-    student[3] = examples[3]._replace(student=Tokens([7, *tokens.ids], tokens.targets))
-    cases = [(teacher, examples), (tiny("llama", 1), examples), (half, examples)]
-    cases += [(teacher, fewer), (teacher, other)]
-    paths = {states_of(*case, tmp_path).path for case in cases}
-    assert len(paths) == len(cases)
-    assert states_of(teacher, student, tmp_path).path in paths
+def test_a_file_is_named_after_the_teachers_ids_and_targets(tiny, examples, tmp_path):
+    """Not after what the student reads, nor after the example's place in its list."""
+    teacher, example = tiny("llama"), examples[3]
+    ids, targets = example.teacher
+    changed = [
+        {"teacher": Tokens(ids, targets[1:])},
+        {"teacher": Tokens([7, *ids[1:]], targets)},
+        {"teacher": Tokens([*ids, 7], targets)},
+    ]
+    same = [{"student": Tokens([7, *ids], targets)}, {"index": 9}, {"text": "other"}]
+    cached(teacher, [example], tmp_path)
+    for change in same:
+        cached(teacher, [dataclasses.replace(example, **change)], tmp_path)
+    assert len(files(tmp_path)) == 1
+    for count, change in enumerate(changed, 2):
+        cached(teacher, [dataclasses.replace(example, **change)], tmp_path)
+        assert len(files(tmp_path)) == count
 
 
 # ---------------------------------------------------------------------- the head, and the digest
@@ -177,46 +220,70 @@ def test_the_key_is_the_teacher_its_dtype_and_the_text(tiny, examples, tmp_path)
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_kept_of_a_teacher_is_what_it_has(kind, dtype, tokenizer, tmp_path):
-    model = tiny_model(kind, len(tokenizer.get_vocab()) + 8).to(dtype)
-    eager = LanguageModel(kind, model, tokenizer, dtype, lambda: "digest")
-    loads = []
+def test_a_cached_head_replaces_loading_the_model(kind, dtype, tokenizer, tmp_path):
+    """Bit for bit the model's own, without padding rows; until it is there the model is loaded."""
+    model, loads = tiny_model(kind, len(tokenizer.get_vocab()) + 8).to(dtype), []
 
-    def load() -> LanguageModel:
-        loads.append(1)
-        return eager
+    def opened() -> LanguageModel:
+        def load(_: LanguageModel) -> torch.nn.Module:
+            loads.append(1)
+            return model
 
-    for time in range(2):
-        kept = KeptTeacher(kind, tokenizer, dtype, "digest", eager.device, tmp_path, load)
-        ours, theirs = kept.head(), eager.head()
-        assert torch.equal(ours.weight, theirs.weight) and ours.weight.dtype == dtype
-        assert (ours.bias is None) == (theirs.bias is None)
-        assert ours[2:] == theirs[2:]
-        assert (kept.end_ids, kept.max_positions, kept.vocabulary) == (
-            eager.end_ids, eager.max_positions, eager.vocabulary,
-        )  # fmt: skip
-        assert kept.path.exists() == bool(time)  # nothing is written before it is asked for
-        kept.keep()
-    assert len(loads) == 1
-    short(kept.path)
-    with pytest.raises(UsageError, match="delete the file"):
-        KeptTeacher(kind, tokenizer, dtype, "digest", eager.device, tmp_path, load)
+        return LanguageModel(
+            kind, tokenizer, model.config, [1], dtype, model.device, kind, load, tmp_path
+        )
+
+    first, later = opened(), opened()
+    assert not first.read_head() and not loads
+    first.save_head()
+    assert len(loads) == 1 and later.read_head()
+    ours, theirs = later.head(), first.head()
+    assert torch.equal(ours.weight, theirs.weight) and ours.weight.dtype == dtype
+    assert len(ours.weight) == len(tokenizer.get_vocab())
+    assert (ours.bias is None) == (theirs.bias is None)
+    assert ours[2:] == theirs[2:] and (ours.softcap is not None) == (kind == "gemma2")
+    assert len(loads) == 1 and not later.loaded
+    truncate(tmp_path / "head.safetensors")
+    with pytest.raises(UsageError, match=r"head\.safetensors.*delete the file"):
+        opened().read_head()
 
 
-def test_a_digest_follows_the_files_and_is_remembered(tokenizer, tmp_path, monkeypatch):
-    name, cache = tmp_path / "model", tmp_path / "cache"
-    tiny_model("llama", 50).save_pretrained(name)
-    first = common.digest_of_model(str(name), "main", cache)
-    assert not cache.exists()  # asking is free of traces
-    common.remember_digests(cache)
-    common._HASHED.clear()  # as in the next process
-    with monkeypatch.context() as patch:
-        patch.setattr(common.hashlib, "file_digest", None)
-        assert common.digest_of_model(str(name), "main", cache) == first
-    (cache / "digests.json").write_text("nonsense")
-    assert common.digest_of_model(str(name), "main", cache) == first
-    tiny_model("llama", 50, seed=1).save_pretrained(name)
-    assert common.digest_of_model(str(name), "main", cache) != first
+def test_unload_frees_the_backbone_and_keeps_head_and_states(tokenizer, examples, tmp_path):
+    vocabulary, loads = len(tokenizer.get_vocab()), []
+
+    def load(_: LanguageModel) -> torch.nn.Module:
+        model = tiny_model("llama", vocabulary)
+        loads.append(weakref.ref(model))
+        return model
+
+    config = tiny_model("llama", vocabulary).config
+    teacher = LanguageModel(
+        "llama", tokenizer, config, [1], torch.float32, torch.device("cpu"), "llama", load
+    )
+    states = cached(teacher, examples, tmp_path)
+    head, hidden = teacher.head().weight.clone(), states(examples)
+    teacher.unload()
+    gc.collect()
+    assert not teacher.loaded and loads[0]() is None
+    assert teacher.head().weight.equal(head) and states(examples).equal(hidden)
+    assert not teacher.head().weight.requires_grad
+    assert len(loads) == 1 and not teacher.loaded
+    live = states(examples[:2], live=True)  # loads it again
+    assert len(loads) == 2
+    torch.testing.assert_close(live, states(examples[:2]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_directory_is_named_after_weights_and_dtype(tmp_path):
+    def directory(**changes: object) -> Path:
+        args = token_level.Arguments(cache_dir=str(tmp_path / "cache"), **changes)
+        return common.load_pair(args, torch.device("cpu")).teacher.states_dir
+
+    given, half = directory(), directory(teacher_dtype="bfloat16")
+    other = directory(teacher=str(common.DATA / "student"))
+    assert given.name.endswith("-float32") and half.name.endswith("-bfloat16")
+    assert half.name.partition("-")[0] == given.name.partition("-")[0] != other.name[:20]
+    assert directory(cache_teacher=False) is None
+    assert not (tmp_path / "cache").exists()  # nothing is written before it is needed
 
 
 def test_a_hub_model_is_named_by_its_commit(tmp_path, monkeypatch):
@@ -230,10 +297,11 @@ def test_a_hub_model_is_named_by_its_commit(tmp_path, monkeypatch):
         tiny_model("llama", 50).config.save_pretrained(repository / "snapshots" / commit)
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / "main").write_text(commit)
-        digests.append(common.digest_of_model("some/model", "main", tmp_path))
+        digests.append(common.digest_of_model("some/model", "main"))
     assert len(set(digests)) == 2
+    absent = token_level.Arguments(teacher="some/other")
     with pytest.raises(UsageError, match="some/other"):
-        common.digest_of_model("some/other", "main", tmp_path)
+        common.open_model(absent, torch.device("cpu"), "teacher")
 
 
 # ---------------------------------------------------------------------------------- whole runs
@@ -276,38 +344,60 @@ def train(place: Path, output: Path, cache: Path, **changes: object) -> list[flo
         "teacher": str(place / "teacher"), "student": str(place / "student"),
         "dataset": str(place / "text.jsonl"), "eval_size": 6, "completions": "dataset",
         "max_new_tokens": 8, "batch_size": 12, "micro_batch_size": 4, "max_steps": 5,
-        "warmup_steps": 1, "logging_steps": 1, "output_dir": str(output),
+        "warmup_steps": 1, "logging_steps": 1, "output_dir": str(output), "cache_dir": str(cache),
     }  # fmt: skip
-    token_level.main(arguments(cache, **{**options, **changes}))
+    token_level.main(token_level.Arguments(**{**options, **changes}))
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [line["train/loss"] for line in map(json.loads, lines) if "train/loss" in line]
 
 
 def test_later_runs_are_bit_equal_and_load_no_backbone(place, tmp_path, monkeypatch, capsys):
+    """Losses and final weights, whatever else the run changes about what it learns."""
     cache = tmp_path / "cache"
     first = train(place, tmp_path / "1", cache)
-    said = capsys.readouterr().out
-    assert "bytes a token" in said and "training text: teacher states from the cache" in said
-    files = {p: p.stat().st_mtime_ns for p in (cache / "states").glob("*.*") if p.stat().st_size}
+    printed = capsys.readouterr().out
+    assert "bytes a token" in printed and "training text: teacher states from the cache" in printed
+    written = {p: p.stat().st_mtime_ns for p in (cache / "states").rglob("*.safetensors")}
+    assert len(written) == 1 + 6 + 54  # the head, the evaluation's text and the training text
     with no_backbone_of(place / "teacher", monkeypatch):
         assert train(place, tmp_path / "2", cache) == first
-        said = capsys.readouterr().out
-        assert said.count("teacher states from the cache; its backbone is not loaded") == 2
-        for i, changes in enumerate(({"temperature": 2.0}, {"kl": "jsd"}, {"batch_size": 7})):
+        printed = capsys.readouterr().out
+        assert printed.count("teacher states from the cache; its backbone is not loaded") == 2
+        one, two = (tmp_path / n / "final" / "model.safetensors" for n in ("1", "2"))
+        assert one.read_bytes() == two.read_bytes()
+        for i, changes in enumerate(({"temperature": 2.0, "kl": "jsd"}, {"batch_size": 7})):
             assert train(place, tmp_path / f"3{i}", cache, **changes) != first
         with pytest.raises(AssertionError, match="backbone"):
             train(place, tmp_path / "4", cache, max_length=10)  # another text
-    assert files == {p: p.stat().st_mtime_ns for p in files}
+    assert written == {p: p.stat().st_mtime_ns for p in written}
     live = train(place, tmp_path / "5", cache, cache_teacher=False)
-    assert "cache; " not in capsys.readouterr().out.rpartition("run directory")[2]
+    assert "from the cache; " not in capsys.readouterr().out.rpartition("run directory")[2]
     assert live[0] == pytest.approx(first[0], rel=1e-5)
     other = train(place, tmp_path / "6", cache, teacher=str(place / "other_teacher"))
     assert other[0] != pytest.approx(first[0], rel=1e-3)
 
 
-def test_the_state_file_serves_what_made_it(place, tmp_path):
-    """Final weights, not only losses, are those of the run that filled the cache."""
-    for name in ("1", "2"):
-        train(place, tmp_path / name, tmp_path / "cache", teacher_dtype="bfloat16")
-    one, two = (tmp_path / n / "final" / "model.safetensors" for n in ("1", "2"))
-    assert one.read_bytes() == two.read_bytes()
+def test_the_run_that_fills_the_cache_trains_without_the_backbone(place, tmp_path, monkeypatch):
+    """The teacher's model is freed before the first step; a bfloat16 cache serves later runs."""
+    models, load = [], common.load_weights
+
+    def loaded(model, *rest):
+        weights = load(model, *rest)
+        if model.name == str(place / "teacher"):
+            models.append(weakref.ref(weights))
+        return weights
+
+    alive, begin = [], common.begin_step
+
+    def first_step(step, *rest):
+        if step == 0:
+            gc.collect()
+            alive.append([model() is not None for model in models])
+        begin(step, *rest)
+
+    monkeypatch.setattr(common, "load_weights", loaded)
+    monkeypatch.setattr(common, "begin_step", first_step)
+    first = train(place, tmp_path / "1", tmp_path / "cache", teacher_dtype="bfloat16")
+    assert alive == [[False]]
+    with no_backbone_of(place / "teacher", monkeypatch):
+        assert train(place, tmp_path / "2", tmp_path / "cache", teacher_dtype="bfloat16") == first
