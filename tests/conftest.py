@@ -118,8 +118,6 @@ def language_model(
     )
 
 
-<<<<<<< HEAD
-=======
 def with_response(prompt_ids: list[int], response_ids: list[int]) -> common.Tokens:
     """A prompt with its response, of which every token is a target."""
     ids = prompt_ids + response_ids
@@ -134,7 +132,6 @@ def example_of(tokens: common.Tokens, index: int = 0) -> common.Example:
     return common.Example(index, prompt, "", tokens, tokens)
 
 
->>>>>>> testsa
 @pytest.fixture(autouse=True)
 def handlers():
     """Restores the signal handlers that a training loop left by an exception leaves behind."""
@@ -159,15 +156,13 @@ def shared_cache(tmp_path_factory) -> Path:
 def tiny(tokenizer):
     """A tiny model with the embedded tokenizer, as a `LanguageModel`."""
 
-<<<<<<< HEAD
     def make(kind: str, seed: int = 0, **changes: object) -> common.LanguageModel:
         model = tiny_model(kind, len(tokenizer.get_vocab()), seed, **changes)
-=======
+
     def make(
         kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
     ) -> common.LanguageModel:
         model = tiny_model(kind, len(tokenizer.get_vocab()), seed, **changes).to(dtype)
->>>>>>> testsa
         return language_model(model, tokenizer, f"{kind}-{seed}")
 
     return make
