@@ -1577,7 +1577,8 @@ class Evaluator:
             teacher.complete(prompts, args, temperature=t, purpose=f"{kind} evaluation answers")
             for t, kind in ((0.0, "greedy"), (1.0, "sampled"))
         )
-        self.args, self.student, self.samples = args, pair.student, samples
+        self.args, self.student = args, pair.student
+        self.ends = {i for model in pair for i in getattr(model, "end_ids", ())}
         self.comparable = pair.same_vocabulary
         self.references = [
             p.conversation.references or [c.text] for p, c in zip(prompts, greedy, strict=True)
@@ -1641,11 +1642,14 @@ class Evaluator:
         for j, (example, side) in enumerate(zip(batch, sides, strict=True)):
             tally = {name: part[j].sum().item() for name, part in parts.items()}
             tally |= {"tokens": counts[j], "nats": -logprobs[j].sum().item()}
-            tally |= {"text_bits": 0.0, "bytes": 0}
-            if len(side.ids) < self.args.max_length:  # the answer is whole
-                end = counts[j] - self.samples[example.index].finished  # without its end token
-                tally["text_bits"] = -logprobs[j][:end].sum().item() / math.log(2)
-                tally["bytes"] = len(example.text.encode())
+            # The text alone, without its end token; decoded after the prompt, because some
+            # tokenizers strip what text begins with.
+            count = counts[j] - bool(side.targets and side.ids[-1] in self.ends)
+            start = len(side.ids) - counts[j]
+            texts = side.ids[:start], side.ids[: start + count]
+            before, after = (len(model.tokenizer.decode(ids).encode()) for ids in texts)
+            tally["text_bits"] = -logprobs[j][:count].sum().item() / math.log(2)
+            tally["bytes"] = after - before
             tallies[example.index] |= tally
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -132,6 +132,21 @@ def example_of(tokens: common.Tokens, index: int = 0) -> common.Example:
     return common.Example(index, prompt, "", tokens, tokens)
 
 
+def generate(
+    model: common.LanguageModel, prompts: Sequence[list[int]], seeds: Sequence[int], *,
+    max_new_tokens: int, temperature: float, top_p: float = 1.0, batch_size: int = 256,
+) -> Iterator[tuple[int, common.Completion]]:  # fmt: skip
+    """`common.generate` without a script's arguments."""
+    args = common.CommonArguments(max_new_tokens=max_new_tokens, generation_batch_size=batch_size)
+    return common.generate(model, prompts, seeds, args, temperature, top_p)
+
+
+def score(evaluator: common.Evaluator, student: common.LanguageModel) -> list[common.Tally]:
+    """Tallies of a student other than the one that the evaluator was made for."""
+    evaluator.student = student
+    return evaluator()
+
+
 @pytest.fixture(autouse=True)
 def handlers():
     """Restores the signal handlers that a training loop left by an exception leaves behind."""
@@ -155,9 +170,6 @@ def shared_cache(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tokenizer):
     """A tiny model with the embedded tokenizer, as a `LanguageModel`."""
-
-    def make(kind: str, seed: int = 0, **changes: object) -> common.LanguageModel:
-        model = tiny_model(kind, len(tokenizer.get_vocab()), seed, **changes)
 
     def make(
         kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import example_of, language_model, tiny_model, with_response
+from conftest import example_of, generate, language_model, tiny_model, with_response
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
@@ -327,7 +327,7 @@ def test_dataset_response_cut_to_nothing_is_left_out():
     width = len(prompts[0].student)
     examples, cut = common.dataset_examples(prompts, Pair(model, model), width)
     assert examples == [] and cut == 1
-    with pytest.raises(UsageError, match="none of the 1 prompts"):
+    with pytest.raises(UsageError, match="1 of 1 prompts do not fit"):
         tokenize_prompts([row], model, model, width)
 
 
@@ -396,7 +396,7 @@ BAD_ROWS = [
     ({"messages": "q"}, "list"),
     ({"messages": [{"role": "user"}]}, "content of a user turn"),
     ({"messages": [{"content": "q"}]}, "no role"),
-    ({"prompt": {"text": "q"}}, "string, not dict"),
+    ({"prompt": {"text": "q"}}, "string or a list, not dict"),
     ({"prompt": "q", "response": 5}, "string, not int"),
     ({"prompt": "q", "response": ["a", "b"]}, "string, not list"),
     ({"prompt": "q", "references": "a"}, "list of strings"),
@@ -649,7 +649,7 @@ def test_padded_vocabularies(tokenizer):
     assert value == pytest.approx(loss, rel=1e-6)
     torch.testing.assert_close(exact["lm_head.weight"], padded["lm_head.weight"][:known])
     for temperature in (0.0, 5.0):
-        written = common.generate(
+        written = generate(
             student, [[5, 6]] * 20, list(range(20)), max_new_tokens=8, temperature=temperature
         )
         assert all(max(response.ids) < known for _, response in written)

@@ -10,7 +10,7 @@ from conftest import example_of
 from torch import Tensor
 
 import common
-from common import Head, Objective, Tokens
+from common import Head, Logits, Objective, Tokens
 
 OBJECTIVES = [
     Objective("forward"),
@@ -27,10 +27,10 @@ OBJECTIVES = [
 def small_chunks(monkeypatch, size: int) -> None:
     """Make every chunked computation take several chunks of `size` tokens."""
 
-    def chunks(tokens: int, *_) -> list[slice]:
-        return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
+    def chunks(logits: Logits) -> list[slice]:
+        return [slice(i, i + size) for i in range(0, max(1, len(logits.hidden)), size)]
 
-    monkeypatch.setattr(common, "chunks", chunks)
+    monkeypatch.setattr(Logits, "chunks", chunks)
 
 
 def plain_divergence(student: Tensor, teacher: Tensor, objective: Objective) -> Tensor:
@@ -92,7 +92,8 @@ def test_chunked_loss_equals_plain_loss(objective, temperature, shape, monkeypat
     logits = plain_logits(hidden, student), plain_logits(theirs, teacher)
     plain = plain_loss(*logits, targets, objective)
     expected = torch.autograd.grad(plain, leaves)
-    chunked, sums = common.distillation_loss(hidden, student, targets, objective, theirs, teacher)
+    pair = Logits(hidden, student), Logits(theirs, teacher)
+    chunked, sums = common.distillation_loss(pair[0], targets, objective, pair[1])
     gradients = torch.autograd.grad(chunked * 3.0, leaves)
     assert chunked.item() == pytest.approx(plain.item(), rel=1e-9)
     for ours, wanted in zip(gradients, expected, strict=True):
@@ -140,9 +141,8 @@ def test_no_target_gives_a_connected_zero():
     """A micro-batch without targets: loss 0 and gradients of zeros, not None and not NaN."""
     hidden, student, theirs, teacher, targets = random_heads()
     none = slice(0, 0)
-    loss, _ = common.distillation_loss(
-        hidden[none], student, targets[none], OBJECTIVES[-1], theirs[none], teacher
-    )
+    pair = Logits(hidden[none], student), Logits(theirs[none], teacher)
+    loss, _ = common.distillation_loss(pair[0], targets[none], OBJECTIVES[-1], pair[1])
     gradients = torch.autograd.grad(loss, [hidden, student.weight, student.bias])
     assert loss.item() == 0 and all(g.abs().sum() == 0 for g in gradients)
 
@@ -150,15 +150,23 @@ def test_no_target_gives_a_connected_zero():
 def test_frozen_head_gets_no_gradient():
     hidden, student, theirs, teacher, targets = random_heads(bias=False)
     frozen = student._replace(weight=student.weight.detach())
-    arguments = (targets, Objective(), theirs, teacher)
-    (ours,) = torch.autograd.grad(common.distillation_loss(hidden, frozen, *arguments)[0], hidden)
-    (full,) = torch.autograd.grad(common.distillation_loss(hidden, student, *arguments)[0], hidden)
-    assert torch.equal(ours, full)
+    ours, full = (
+        torch.autograd.grad(
+            common.distillation_loss(
+                Logits(hidden, head), targets, Objective(), Logits(theirs, teacher)
+            )[0],
+            hidden,
+        )
+        for head in (frozen, student)
+    )
+    assert torch.equal(ours[0], full[0])
 
 
 def test_without_a_teacher_it_is_cross_entropy():
     hidden, student, _, _, targets = random_heads(bias=False)
-    loss, sums = common.distillation_loss(hidden, student, targets, Objective(ce_weight=1.0))
+    loss, sums = common.distillation_loss(
+        Logits(hidden, student), targets, Objective(ce_weight=1.0)
+    )
     expected = torch.nn.functional.cross_entropy(
         hidden @ student.weight.T, targets, reduction="sum"
     )
@@ -174,15 +182,16 @@ def test_compare_against_plain_log_softmax(shape, monkeypatch):
     ours, wanted = (
         plain_logits(*x).log_softmax(-1).detach() for x in ((hidden, student), (theirs, teacher))
     )
-    values = common.compare(hidden, student, targets, theirs, teacher)
+    values = common.compare(Logits(hidden, student), targets, Logits(theirs, teacher))
     logprobs = ours.gather(1, targets[:, None])[:, 0]
     kl = plain_divergence(ours.exp(), wanted.exp(), Objective())
     torch.testing.assert_close(values["logprob"], logprobs, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(values["kl"], kl, rtol=1e-9, atol=1e-12)
     assert values["agree"].tolist() == (ours.argmax(-1) == wanted.argmax(-1)).tolist()
-    alone = common.compare(hidden, student, targets)
+    alone = common.compare(Logits(hidden, student), targets)
     assert alone.keys() == {"logprob"} and alone["logprob"].equal(values["logprob"])
-    none = common.compare(hidden[:0], student, targets[:0], theirs[:0], teacher)
+    empty = Logits(hidden[:0], student), Logits(theirs[:0], teacher)
+    none = common.compare(empty[0], targets[:0], empty[1])
     assert {name: len(value) for name, value in none.items()} == {"logprob": 0, "kl": 0, "agree": 0}
 
 
@@ -242,10 +251,10 @@ def test_gradient_through_whole_models(kind, tiny):
     ]
     batch = common.collate(examples, torch.device("cpu"))
     objective = Objective("jsd", temperature=2.0, ce_weight=0.5)
+    theirs = common.teacher_hidden_states(teacher, [*map(example_of, examples)])
     loss, _ = common.distillation_loss(
-        student.hidden_states(batch), student.head(), batch.targets, objective,
-        common.teacher_hidden_states(teacher, [*map(example_of, examples)]), teacher.head(),
-    )  # fmt: skip
+        student.logits(batch), batch.targets, objective, Logits(theirs, teacher.head())
+    )
     parameters = list(student.model.parameters())
     gradients = torch.autograd.grad(loss, parameters)
     plain = 0.0

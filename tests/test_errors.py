@@ -213,7 +213,7 @@ CASES = [
          prepare=write("bad.csv", b"question,answer\nnight,N AY1 T\n")),
     Case("no parquet inside", "--dataset bad.parquet", ["bad.parquet"],
          prepare=write("bad.parquet", b"PAR1 and no more")),
-    Case("all prompts too long", "--max-length 3", ["none of the", "--max-length 3"]),
+    Case("all prompts too long", "--max-length 3", ["do not fit", "--max-length 3"]),
     Case("nothing left to train on", "--dataset bad.jsonl --eval-size 2",
          ["--eval-size 2", "2 rows", "bad.jsonl"], jsonl(A, B)),
     # models

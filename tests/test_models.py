@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from conftest import generate
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -48,7 +49,7 @@ def test_gradient_checkpointing_changes_memory_only():
     checkpointed.model.train()
     settings = {"max_new_tokens": 12, "temperature": 0.0}
     written = [
-        list(common.generate(model, [prompt.student], [0], **settings))
+        list(generate(model, [prompt.student], [0], **settings))
         for model in (student, checkpointed)
     ]
     assert written[0] == written[1]
