@@ -9,9 +9,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from transformers import (
     AutoTokenizer,
     Gemma2Config,
@@ -31,6 +33,9 @@ from transformers import (
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+# One thread for each process, this one and those that it starts: the models are tiny, and on a busy
+# machine threads that wait for one another take several times longer than one thread.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 import common  # noqa: E402  (the modules lie in the repository's root and are not installed)
 
@@ -50,6 +55,13 @@ def run_script(
         timeout=timeout,
         env={**os.environ, **environment},
     )
+
+
+def run_in_process(script: ModuleType, **flags: object) -> None:
+    """Call a script's `main`, which saves the seconds that a process takes to start."""
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    script.main(script.Arguments(**flags))
 
 
 def wait_for(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> bool:
