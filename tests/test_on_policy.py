@@ -14,8 +14,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from conftest import ROOT, example_of, run_script, tiny_model, with_response
+from conftest import (
+    ROOT,
+    example_of,
+    run_in_process,
+    run_script,
+    tiny_model,
+    with_response,
+)
 from safetensors.torch import load_file
 from torch import nn
 
@@ -49,12 +55,9 @@ def accelerator() -> Accelerator:
 
 def in_process(module, place: Path, name: str, **changes) -> list[dict]:
     """Run `main` of a script on the tiny pair in this process; its lines of metrics."""
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-    torch.set_num_threads(1)
     models = {"teacher": str(place / "teacher"), "student": str(place / "student")}
     directories = {"output_dir": str(place / name), "cache_dir": str(place / "cache")}
-    module.main(module.Arguments(**{**SMALL, **models, **directories, **changes}))
+    run_in_process(module, **{**SMALL, **models, **directories, **changes})
     return metrics(place / name)
 
 

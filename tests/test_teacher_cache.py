@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import example_of, tiny_model
+from conftest import example_of, run_in_process, tiny_model
 from safetensors.torch import load_file
 
 import common
@@ -346,7 +346,7 @@ def train(place: Path, output: Path, cache: Path, **changes: object) -> list[flo
         "max_new_tokens": 8, "batch_size": 12, "micro_batch_size": 4, "max_steps": 5,
         "warmup_steps": 1, "logging_steps": 1, "output_dir": str(output), "cache_dir": str(cache),
     }  # fmt: skip
-    token_level.main(token_level.Arguments(**{**options, **changes}))
+    run_in_process(token_level, **{**options, **changes})
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [line["train/loss"] for line in map(json.loads, lines) if "train/loss" in line]
 
