@@ -40,7 +40,6 @@ import signal
 import statistics
 import sys
 import time
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, broadcast_object_list, gather_object
 from filelock import FileLock
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -1293,9 +1292,9 @@ class TeacherHiddenStates:
     """The teacher's final hidden states at the targets of fixed text, cached or computed live.
 
     With --cache-teacher they are computed once, before training, into one safetensors file for each
-    example, named after its exact ids and targets, so data sets that overlap share files. The run
-    that fills the cache reads it too: every run on the same text gets the same bits, whatever its
-    temperature or divergence, and loads no backbone.
+    batch. A tensor's name follows from its example's exact ids and targets, so data sets that
+    overlap share it. The run that fills the cache reads it too: every run on the same text gets the
+    same bits, whatever its temperature or divergence, and loads no backbone.
     """
 
     def __init__(self, teacher: LanguageModel, examples: Sequence[Example], purpose: str) -> None:
@@ -1306,11 +1305,11 @@ class TeacherHiddenStates:
         self.teacher, self.directory = teacher, teacher.states_dir
         if self.directory is None or not examples:
             return
+        self.keys = {e.index: f"{row_seed(*e.teacher):016x}" for e in examples}
+        self.open_files: dict[Path, Any] = {}
         with exclusive(self.directory / "lock"):
-            head, path = teacher.head(), self.directory / "head.safetensors"
-            if PartialState().is_main_process and not path.exists():
-                save_tensors(path, weight=head.weight, bias=head.bias)
-            self._fill(examples, purpose)
+            self._fill({self.keys[e.index]: e for e in examples}, purpose)
+            self.files = self._list()
         loaded = "is loaded" if teacher.loaded else "is not loaded"
         PartialState().print(f"{purpose}: teacher states from the cache; its backbone {loaded}")
 
@@ -1319,7 +1318,7 @@ class TeacherHiddenStates:
         device = self.teacher.device
         if live or self.directory is None:
             return teacher_hidden_states(self.teacher, examples)
-        parts = [read_tensors(self._path(e))["hidden"] for e in examples]
+        parts = [self._read(self.keys[e.index]) for e in examples]
         width = self.teacher.head().weight.shape[1]
         hidden = torch.empty(
             sum(map(len, parts)), width, dtype=self.teacher.compute_dtype,
@@ -1328,41 +1327,52 @@ class TeacherHiddenStates:
         torch.cat([hidden[:0], *parts], out=hidden)
         return hidden.to(device, non_blocking=True)
 
-    def _path(self, example: Example) -> Path:
-        key = hashlib.sha256(array("q", [*example.teacher.ids, -1, *example.teacher.targets]))
-        return self.directory / f"{key.hexdigest()[:20]}.safetensors"
+    def _read(self, key: str) -> Tensor:
+        path = self.files[key]
+        if path not in self.open_files:
+            self.open_files[path] = safe_open(path, "pt")
+        return self.open_files[path].get_tensor(key)
 
-    def _fill(self, examples: Sequence[Example], purpose: str) -> None:
-        """Compute the batches of which a file is missing.
+    def _list(self) -> dict[str, Path]:
+        """Which file holds each key."""
+        files = {}
+        for path in sorted(self.directory.glob("states-*.safetensors")):
+            with usage_error(f"{path} is corrupt, delete the file", SafetensorError):
+                files |= dict.fromkeys(safe_open(path, "pt").keys(), path)
+        return files
+
+    def _fill(self, examples: dict[str, Example], purpose: str) -> None:
+        """Compute the batches that lack a tensor, and write what they lack.
 
         Batches follow from the text alone and are computed whole, so that a run that was killed
         here ends with the same bits as one that was not.
         """
-        teacher, unique = self.teacher, {self._path(e): e for e in examples}
-        missing = {path for path in unique if not path.exists()}
+        teacher, head_file = self.teacher, self.directory / "head.safetensors"
+        head, missing = teacher.head(), examples.keys() - self._list().keys()
         PartialState().wait_for_everyone()  # nobody writes before all have looked
-        by_length = length_batches(unique.items(), lambda item: len(item[1].teacher.ids))
-        batches = [batch for batch in by_length if any(path in missing for path, _ in batch)]
-        if not batches:
-            return
-        per_token = teacher.head().weight.shape[1] * teacher.compute_dtype.itemsize
-        size = sum(len(unique[path].teacher.targets) for path in missing) * per_token
+        per_token = head.weight.shape[1] * teacher.compute_dtype.itemsize
+        size = sum(len(examples[key].teacher.targets) for key in missing) * per_token
+        size += 0 if head_file.exists() else head.weight.nbytes
         if size > (free := shutil.disk_usage(self.directory).free):
             raise UsageError(
                 f"the teacher's states need {size / 1e6:.1f} MB and {self.directory} has "
                 f"{free / 1e6:.1f} MB left: name another --cache-dir, or add --no-cache-teacher"
             )
-        place = f"{self.directory}, {per_token} bytes a token"
-        PartialState().print(f"{purpose}: {size / 1e6:.1f} MB of teacher states to {place}")
-        mine = my_share(batches)
+        if size:
+            place = f"{self.directory}, {per_token} bytes a token"
+            PartialState().print(f"{purpose}: {size / 1e6:.1f} MB of teacher states to {place}")
+        if PartialState().is_main_process and not head_file.exists():
+            save_tensors(head_file, weight=head.weight, bias=head.bias)
+        by_length = length_batches(examples.items(), lambda item: len(item[1].teacher.ids))
+        mine = my_share([batch for batch in by_length if any(key in missing for key, _ in batch)])
         with progress(f"teacher states ({purpose})", len(mine)) as bar:
             for batch in mine:
                 hidden = teacher_hidden_states(teacher, [e for _, e in batch])
                 counts = [len(e.teacher.targets) for _, e in batch]
                 parts = hidden.to("cpu", teacher.compute_dtype).split(counts)
-                for (path, _), part in zip(batch, parts, strict=True):
-                    if path in missing:
-                        save_tensors(path, hidden=part)
+                named = {k: part for (k, _), part in zip(batch, parts, strict=True) if k in missing}
+                name = f"states-{row_seed(*named):016x}.safetensors"
+                save_tensors(self.directory / name, **named)
                 bar.update()
 
 

@@ -722,11 +722,11 @@ def test_gap_is_absent_where_the_teacher_is_hardly_better():
     half = [tally(float(i % 2), i % 3, 0.0, 5) for i in range(40)]
     for teacher in (
         half,
-        [tally(0, 4) for _ in range(40)],
-        [tally(float(i % 2), i % 3) | ({"exact": 1.0, "edits": 0} if i == 0 else {})
+        [tally(0, 4, 0.0, 5) for _ in range(40)],
+        [tally(float(i % 2), i % 3, 0.0, 5) | ({"exact": 1.0, "edits": 0} if i == 0 else {})
          for i in range(40)],
     ):  # fmt: skip
         assert common.gap_recovered(half, half, teacher) == {}
-    clear = [tally(float(i % 2 or i < 20), 0) for i in range(40)]
+    clear = [tally(float(i % 2 or i < 20), 0, 0.0, 5) for i in range(40)]
     assert set(common.gap_recovered(half, half, clear)) == {"exact_match", "error_rate"}
     assert common.gap_recovered(half[:1], half[:1], clear[:1]) == {}
