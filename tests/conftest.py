@@ -21,6 +21,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -33,9 +34,12 @@ import common  # noqa: E402  (the modules lie in the repository's root and are n
 
 
 def run_script(
-    script: str, *flags: str | Path, cwd: Path, timeout: int = 300, **environment: str
+    script: str, *flags: str | Path, cwd: Path, timeout: int = 1800, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script in `cwd` as a user would, and return what it printed."""
+    """Run a script in `cwd` as a user would, and return what it printed.
+
+    The limit only ends a run that hangs: a busy machine may take ten times longer than a quiet one.
+    """
     return subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, flags)],
         cwd=cwd,
@@ -88,6 +92,16 @@ def tiny_model(kind: str, vocabulary: int, seed: int = 0, **changes: object) -> 
     raise ValueError(kind)
 
 
+def language_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+) -> common.LanguageModel:
+    """A model that is in memory already as a `LanguageModel`, with its name as its digest."""
+    ends = common.end_of_turn_ids(tokenizer, model.config, model.generation_config)
+    return common.LanguageModel(
+        name, tokenizer, model.config, ends, model.dtype, model.device, name, lambda _: model
+    )
+
+
 @pytest.fixture(autouse=True)
 def handlers():
     """A loop left by an exception leaves its signal handlers behind."""
@@ -108,6 +122,6 @@ def tiny(tokenizer):
 
     def make(kind: str, seed: int = 0, **changes: object) -> common.LanguageModel:
         model = tiny_model(kind, len(tokenizer.get_vocab()), seed, **changes)
-        return common.LanguageModel(kind, model, tokenizer, torch.float32, lambda: f"{kind}-{seed}")
+        return language_model(model, tokenizer, f"{kind}-{seed}")
 
     return make
