@@ -1,23 +1,23 @@
 """Cross-tokenizer distillation: the student's vocabulary differs from its teacher's.
 
 Two tokenizers split the same text into different tokens, and the two models give probabilities to
-different sets of tokens. A divergence between them is therefore not defined token by token.
+different sets of tokens. So a divergence between them is not defined token by token.
 
 --loss hybrid (the default) compares the models at every place of the text where a token of either
 begins, because there both have read the same bytes. It maps the tokens of both vocabularies to
-common outcomes, and takes the KL between the two distributions over these. There are three cases:
+common outcomes, and takes the KL between the two distributions over the outcomes. Three cases:
 
-    both begin a token     Each token is mapped to its longest prefix in a shared set. The set holds
-                           the tokens of either vocabulary that are equal to, or a prefix of, a
-                           token of the other, unless the text contradicts it (`shared_prefixes`).
+    both begin a token     Each token is mapped to its longest prefix in a shared set: all tokens of
+                           either vocabulary that are equal to, or a prefix of, a token of the
+                           other, unless the training text contradicts this (`shared_prefixes`).
     one is inside a token  It has read the first bytes r of that token. Its distribution is
-                           restricted to the tokens that begin with r and renormalised. Each of
-                           them is mapped to the longest token of the other model that the bytes
-                           after r begin with, or to "stop" if it is r itself. All the other model's
-                           other tokens are mapped to "stop" too.
-    the outcomes differ    The two tokens in the text are mapped to different outcomes, so the
-                           distributions do not describe this text. If the student begins a token
-                           here, cross-entropy on this token takes the place of the KL.
+                           restricted to the tokens that begin with r, and renormalised. Each of
+                           these is mapped to the longest token of the other model with which the
+                           bytes after r begin, and the token r itself to "stop". The other model's
+                           tokens that are no such outcome are mapped to "stop" too.
+    the outcomes differ    The two tokens in the text are mapped to different outcomes, so the two
+                           distributions do not describe this text and are not compared. If the
+                           student begins a token here, it learns this token by cross-entropy.
 
     loss = ( T² · Σ KL + Σ_(third case) CE ) / N  +  w · CE
 
@@ -26,10 +26,10 @@ w is --ce-weight. If one tokenizer only ever splits tokens of the other, then by
 first two cases add up to the KL between distributions over whole tokens. With one vocabulary only
 the first case occurs, and the loss is token_level.py's forward KL.
 
---loss uld compares the K highest probabilities of both models, each list sorted and renormalised,
-by KL(teacher ‖ student) at temperature T. It does so for every token of the student, with the
-teacher's token that begins nearest in the text. Sorting discards which token has which probability,
-so cross-entropy on the text is added (w = 1).
+--loss uld is KL(teacher ‖ student) at temperature T between the K highest probabilities of both
+models, each list sorted and renormalised. A token of the student is compared with the teacher's
+token that begins nearest in the text. Sorting discards which token has which probability, so
+cross-entropy on the text is added (w = 1).
 
 Boizard et al. 2024, "Towards cross-tokenizer distillation: the universal logit distillation loss"
 (uld; departures: KL of the top K instead of the L1 distance of whole sorted vocabularies; tokens
@@ -168,23 +168,8 @@ def longest_prefix(token: bytes, known: Container[bytes]) -> bytes:
 # ----------------------------------------------------------------------------------- alignment
 
 
-def align(student_ends: Sequence[int], teacher_ends: Sequence[int]) -> list[tuple[int, int]]:
-    """Indices of the student's and the teacher's token at every place where one of them begins.
-
-    The arguments are the places in the text where tokens end, ascending. A model that is inside a
-    token keeps its index, so both indices rise only where both models begin a token.
-    """
-    pairs, i, j = [], 0, 0
-    while i < len(student_ends) and j < len(teacher_ends):
-        pairs.append((i, j))
-        student_end, teacher_end = student_ends[i], teacher_ends[j]
-        i += student_end <= teacher_end
-        j += teacher_end <= student_end
-    return pairs
-
-
 class Turn(NamedTuple):
-    """One assistant turn of an example. Every pair is the student's value and the teacher's."""
+    """One assistant turn of an example. Each tuple: the student's value, then the teacher's."""
 
     first: tuple[int, int]  # index of its first token among all targets of the example
     tokens: tuple[list[bytes], list[bytes]]
@@ -192,10 +177,17 @@ class Turn(NamedTuple):
     same: int  # how many leading bytes of the two texts are equal
 
     def pairs(self) -> list[tuple[int, int]]:
-        """The pairs of `align`, as far as both models have read the same text."""
-        ours, theirs = self.begins
-        pairs = align(ours[1:], theirs[1:])
-        return [(i, j) for i, j in pairs if max(ours[i], theirs[j]) <= self.same]
+        """Indices of the student's and the teacher's token at every place where one of them begins.
+
+        The index of a model that is inside a token stays. The pairs end where the texts differ.
+        """
+        (ours, theirs), pairs, i, j = self.begins, [], 0, 0
+        while i + 1 < len(ours) and j + 1 < len(theirs) and max(ours[i], theirs[j]) <= self.same:
+            pairs.append((i, j))
+            student_end, teacher_end = ours[i + 1], theirs[j + 1]
+            i += student_end <= teacher_end
+            j += teacher_end <= student_end
+        return pairs
 
     def boundaries(self) -> list[tuple[int, int]]:
         """The pairs where both models begin a token."""
@@ -203,14 +195,13 @@ class Turn(NamedTuple):
         return [(i, j) for i, j in self.pairs() if ours[i] == theirs[j]]
 
     def bytes_read(self, i: int, j: int) -> tuple[bytes, bytes]:
-        """The part of each token of a pair that comes before the place where the other begins."""
-        place = max(self.begins[0][i], self.begins[1][j])
-        return self._before(place, 0, i), self._before(place, 1, j)
-
-    def _before(self, place: int, side: int, k: int) -> bytes:
-        begins, token = self.begins[side], self.tokens[side][k]
-        # Counted from the token's end: the text may lack a space with which its first token begins.
-        return b"" if begins[k] == place else token[: len(token) - (begins[k + 1] - place)]
+        """How much of each token precedes the place of this pair: b"" if the token begins there."""
+        place, parts = max(self.begins[0][i], self.begins[1][j]), []
+        for tokens, begins, k in zip(self.tokens, self.begins, (i, j), strict=True):
+            # Counted from the end, because the text may lack the space that its first token has.
+            read = len(tokens[k]) - (begins[k + 1] - place)
+            parts.append(b"" if begins[k] == place else tokens[k][:read])
+        return tuple(parts)
 
     def nearest(self) -> Iterator[tuple[int, int]]:
         """Each student token with the teacher's that begins nearest to it, the later one of two."""
@@ -257,7 +248,7 @@ REMAINDER = 1  # no shared prefix, or "stop"
 class Context(NamedTuple):
     """The outcomes of all tokens, given the bytes that each model has read of its current token.
 
-    Every pair is the student's value and the teacher's.
+    Each tuple: the student's value, then the teacher's.
     """
 
     outcomes: tuple[dict[bytes, int], dict[bytes, int]]  # by token
@@ -313,7 +304,7 @@ def boundary_context(student: Vocabulary, teacher: Vocabulary, prefixes: set[byt
 def inside_context(
     student: Vocabulary, teacher: Vocabulary, bytes_read: tuple[bytes, bytes]
 ) -> Context:
-    """One model has read some bytes of its token; the outcomes are tokens of the other model."""
+    """One model has read some bytes of its token; the outcomes are the other model's tokens."""
     inside = int(not bytes_read[0])  # 0: the student is inside a token, 1: the teacher
     read = bytes_read[inside]
     model, beginning = (student, teacher) if inside == 0 else (teacher, student)
@@ -327,19 +318,28 @@ def inside_context(
     count = len(named) + REMAINDER + 1
     if inside == 1:
         return Context((named, continued), (REMAINDER, LEFT_OUT), count)
-    can_stop = read in student.ids
-    return Context((continued, named), (LEFT_OUT, REMAINDER if can_stop else LEFT_OUT), count)
+    stop = REMAINDER if read in student.ids else LEFT_OUT  # left out if the student cannot stop
+    return Context((continued, named), (LEFT_OUT, stop), count)
 
 
 # ---------------------------------------------------------------------- what a batch compares
 
-# Numbers of contexts; those from 1 on are the `inside_context`s.
-BOUNDARY = 0  # the `boundary_context`
-UNMATCHED = -1  # no comparison: the student's token is trained by cross-entropy
+# Contexts are numbers in `Alignments.pairs`. Those from 1 on come from `inside_context`.
+BOUNDARY = 0  # `boundary_context`
+UNMATCHED = -1  # nothing to compare: the student learns the token by cross-entropy
 
 
-class Piece(NamedTuple):
-    """A part of a batch whose logits exist at one time."""
+def to_device(t: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor, made without waiting for the device."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+
+
+@dataclass
+class Piece:
+    """A part of a batch whose logits exist at one time.
+
+    Not a NamedTuple, because DDP would move its tensors to the GPU.
+    """
 
     rows: slice  # of the student's hidden states
     teacher_rows: slice  # of the teacher's
@@ -372,10 +372,7 @@ class Alignments:
         self.tables = [[self._table(c, side) for side in (0, 1)] for c in self.contexts]
 
     def _align(self, example: Example) -> Tensor:
-        """(P, 3): target of the student, target of the teacher, context.
-
-        Targets are counted from 0 among those of the example.
-        """
+        """(P, 3): index of the student's target, index of the teacher's target, context."""
         uld = self.objective.loss == "uld"
         pairs, compared = [], set()
         for turn in turns(example, self.vocabularies):
@@ -426,25 +423,24 @@ class Alignments:
         """The outcomes of all tokens of the student (side 0) or teacher in P contexts: (P, V)."""
         rows = contexts if any(contexts) else [BOUNDARY]  # one row, expanded below
         default = torch.tensor([[self.contexts[c].default[side]] for c in rows])
-        default = default.to(self.device, non_blocking=True)
-        result = default.expand(-1, len(self.vocabularies[side].tokens)).contiguous()
+        size = len(self.vocabularies[side].tokens)
+        result = to_device(default, self.device).expand(-1, size).contiguous()
         tables = [self.tables[c][side] for c in rows]
-        row = torch.repeat_interleave(torch.tensor([table.shape[1] for table in tables]))
+        lengths = torch.tensor([table.shape[1] for table in tables])
         ids, outcomes = torch.cat(tables, 1)
-        result[row.to(self.device, non_blocking=True), ids] = outcomes
+        result[to_device(torch.repeat_interleave(lengths), self.device), ids] = outcomes
         return result.expand(len(contexts), -1)
 
     def report(self) -> dict[str, float]:
         """How well the two vocabularies and the texts match."""
-        totals = self.totals
         words = [t for t in self.vocabularies[0].tokens if t and not t.startswith(END)]
         shared = sum(t in self.vocabularies[1].ids for t in words)
         return {
             "vocabulary_overlap": shared / len(words),
-            "aligned_tokens": totals["boundaries"] / totals["student"],
-            "compared_tokens": totals["compared"] / totals["student"],
-            "student_tokens_per_span": totals["student"] / totals["boundaries"],
-            "teacher_tokens_per_span": totals["teacher"] / totals["boundaries"],
+            "aligned_tokens": self.totals["boundaries"] / self.totals["student"],
+            "compared_tokens": self.totals["compared"] / self.totals["student"],
+            "student_tokens_per_span": self.totals["student"] / self.totals["boundaries"],
+            "teacher_tokens_per_span": self.totals["teacher"] / self.totals["boundaries"],
         }
 
     def summary(self, example: Example, width: int = 100) -> str:
@@ -482,7 +478,7 @@ def kl(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def sum_by_outcome(probabilities: Tensor, outcomes: Tensor, count: int) -> Tensor:
-    """Probabilities (P, V) of tokens to those (P, count - 1) of outcomes, without `LEFT_OUT`."""
+    """Sum probabilities (P, V) of tokens to (P, count - 1) of outcomes, without `LEFT_OUT`."""
     sums = probabilities.new_zeros(len(probabilities), count)
     return sums.scatter_add(1, outcomes, probabilities)[:, LEFT_OUT + 1 :]
 
@@ -502,8 +498,8 @@ def piece_loss(
     theirs = common.softmax_with_temperature(teacher_logits, t)
     divergence = logits.new_zeros(())
     for group in (pairs[pairs[:, 2] == BOUNDARY], pairs[pairs[:, 2] > BOUNDARY]):
-        rows = group[:, :2].t().to(logits.device, non_blocking=True)
-        student, teacher = ours[rows[0]], theirs[rows[1]]  # (P, V), (P, V')
+        rows = to_device(group[:, :2], logits.device)
+        student, teacher = ours[rows[:, 0]], theirs[rows[:, 1]]  # (P, V), (P, V')
         if loss == "uld":
             student, teacher = (p.topk(top_k).values for p in (student, teacher))
         else:
@@ -518,7 +514,7 @@ def piece_loss(
         logprobs = common.log_softmax_with_temperature(logits)
         nats = -logprobs.gather(1, targets[:, None])[:, 0]  # (n,)
         total = total + ce_weight * nats.sum()
-        total = total + nats[unmatched.to(logits.device, non_blocking=True)].sum()
+        total = total + nats[to_device(unmatched, logits.device)].sum()
     return total, divergence
 
 
