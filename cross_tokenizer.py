@@ -1,42 +1,41 @@
-"""Cross-tokenizer distillation: a student whose vocabulary is not its teacher's.
+"""Cross-tokenizer distillation: the student's vocabulary differs from its teacher's.
 
-Two models with different vocabularies cut one text into different tokens and put their
-distributions on different sets, so that a divergence between them is not defined token by token.
+Two tokenizers split the same text into different tokens, and the two models give probabilities to
+different sets of tokens. So a divergence between them is not defined token by token.
 
---loss hybrid (the default) compares what both say about the same bytes. Wherever a token of
-either model begins, both have read the same text; three cases, i the student's token, j the
-teacher's:
+--loss hybrid (the default) compares the models at every place of the text where a token of either
+begins, because there both have read the same bytes. It maps the tokens of both vocabularies to
+common outcomes, and takes the KL between the two distributions over the outcomes. Three cases:
 
-    both begin a token     KL between the probabilities of classes: a token counts for the longest
-                           name that begins it. Names are the tokens of either vocabulary that
-                           are, or begin, a token of the other, as far as no training text has the
-                           two models begin with different ones
-    one is inside a token  its distribution is restricted to the tokens that begin with the bytes w
-                           that it has read of this one, renormalised, and says how the text goes
-                           on: each of them counts for the longest token of the other model that
-                           begins what follows w, and the token that ends with w for a stop. KL
-                           between that and the other model's own next token, over those outcomes
-    neither can be said    as the text shows another token than those rules foretell: the
-                           text speaks for the teacher, -log p_student(token)
+    both begin a token     Each token is mapped to its longest prefix in a shared set: all tokens of
+                           either vocabulary that are equal to, or a prefix of, a token of the
+                           other, unless the training text contradicts this (`shared_prefixes`).
+    one is inside a token  It has read the first bytes r of that token. Its distribution is
+                           restricted to the tokens that begin with r, and renormalised. Each of
+                           these is mapped to the longest token of the other model with which the
+                           bytes after r begin, and the token r itself to "stop". The other model's
+                           tokens that are no such outcome are mapped to "stop" too.
+    the outcomes differ    The two tokens in the text are mapped to different outcomes, so the two
+                           distributions do not describe this text and are not compared. If the
+                           student begins a token here, it learns this token by cross-entropy.
 
     loss = ( T² · Σ KL + Σ_(third case) CE ) / N  +  w · CE
 
-over the N target tokens of the student in a batch; T is --temperature, w is --ce-weight. By the
-chain rule the first two cases add up to the KL between the texts' distributions where one model's
-tokens are cut finer than the other's. With one vocabulary only the first is left, and it is
-token_level.py's forward KL.
+over the N target tokens of the student in a batch. KL is KL(teacher ‖ student), T is --temperature,
+w is --ce-weight. If one tokenizer only ever splits tokens of the other, then by the chain rule the
+first two cases add up to the KL between distributions over whole tokens. With one vocabulary only
+the first case occurs, and the loss is token_level.py's forward KL.
 
---loss uld compares, for every token of the student, the top K probabilities of both models at the
-place where the teacher's text so far ends nearest: each sorted and renormalised, KL(teacher ‖
-student) at temperature T. Which token is which is thrown away, so cross-entropy on the text goes
-with it (w = 1).
+--loss uld is KL(teacher ‖ student) at temperature T between the K highest probabilities of both
+models, each list sorted and renormalised. A token of the student is compared with the teacher's
+token that begins nearest in the text. Sorting discards which token has which probability, so
+cross-entropy on the text is added (w = 1).
 
 Boizard et al. 2024, "Towards cross-tokenizer distillation: the universal logit distillation loss"
-(uld; departures: KL of the top K where they take the L1 distance of whole sorted vocabularies,
-and tokens are matched by their place in the text where they match by number). Minixhofer et al.
-2025, "Cross-tokenizer distillation via approximate likelihood matching" (spans of equal text, from
-which hybrid departs: it conditions a model that is inside a token instead of comparing
-likelihoods of whole spans).
+(uld; departures: KL of the top K instead of the L1 distance of whole sorted vocabularies; tokens
+matched by their place in the text instead of their index). Minixhofer et al. 2025, "Cross-tokenizer
+distillation via approximate likelihood matching" (spans of equal text; hybrid departs from it:
+instead of comparing likelihoods of whole spans, it conditions a model that is inside a token).
 
     python cross_tokenizer.py
     python cross_tokenizer.py --loss uld
@@ -46,16 +45,19 @@ likelihoods of whole spans).
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
-from collections.abc import Container, Iterator, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import common
-from common import Batch, CommonArguments, Example, Head, LanguageModel, UsageError, flag
+from common import Batch, CommonArguments, Example, Head, LanguageModel, Pair, UsageError, flag
 
 
 @dataclass
@@ -65,16 +67,16 @@ class Arguments(CommonArguments):
     )
     learning_rate: float = flag(3e-3, "peak of the schedule (linear warm-up, cosine to zero)")
     loss: Literal["hybrid", "uld"] = flag(
-        "hybrid", "hybrid: KL where both texts can be compared; uld: sorted top probabilities"
+        "hybrid", "hybrid: KL over outcomes that both models share; uld: sorted top probabilities"
     )
     top_k: int = flag(32, "how many probabilities of each model uld compares")
     ce_weight: float | None = flag(
         None, "weight of cross-entropy on the text's own tokens (default: 1 with uld, else 0)"
     )
 
-    def objective(self, student: LanguageModel, teacher: LanguageModel) -> Objective:
-        """The loss and its weights; `UsageError` for a --top-k that has nothing to compare."""
-        smallest = min((student, teacher), key=lambda model: model.vocabulary)
+    def objective(self, pair: Pair) -> Objective:
+        """The loss and its weights; `UsageError` if --top-k does not fit the vocabularies."""
+        smallest = min(pair, key=lambda model: model.vocabulary)
         if not 2 <= self.top_k <= smallest.vocabulary:
             raise UsageError(
                 f"--top-k {self.top_k} must be at least 2 and at most {smallest.vocabulary}, the "
@@ -93,552 +95,427 @@ class Objective(NamedTuple):
     ce_weight: float
 
 
-# -------------------------------------------------------------------------- bytes and alignment
+# ----------------------------------------------------------------------------- tokens as bytes
 
-
-# Special tokens are spelled as this and their name, an end-of-turn token as this alone: no UTF-8
-# text and no token of any text holds these bytes.
+# A special token is written as these bytes and its name, an end-of-turn token as these bytes alone,
+# so that the end tokens of both models are equal. No UTF-8 text contains them.
 END = b"\xff\xff"
 
 
-def byte_alphabet() -> dict[str, int]:
-    """Byte-level tokenizers' printable character for each byte (GPT-2)."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in shown]
-    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
-
-
 def token_bytes(model: LanguageModel) -> list[bytes]:
-    """The bytes of text that each id stands for; special tokens have spellings of their own.
+    """The bytes of text that each token id stands for; b"" for ids without a token.
 
-    Raises `UsageError` for a tokenizer that neither spells bytes (GPT-2), nor marks spaces with ▁
-    (SentencePiece), nor joins its tokens as they stand.
+    Supports byte-level tokenizers (GPT-2), SentencePiece (▁ for a space) and tokenizers that join
+    their tokens unchanged; raises `UsageError` for others.
     """
-    tokenizer, alphabet = model.tokenizer, byte_alphabet()
+    tokenizer = model.tokenizer
     decoder = tokenizer.backend_tokenizer.decoder
-    state = {"type": "nothing"} if decoder is None else json.loads(decoder.__getstate__())
-    steps = {step["type"] for step in state.get("decoders", [state])}
+    config = {"type": "nothing"} if decoder is None else json.loads(decoder.__getstate__())
+    steps = {step["type"] for step in config.get("decoders", [config])}
     byte_level = "ByteLevel" in steps
     if not byte_level and not steps & {"ByteFallback", "Metaspace"} and steps != {"Fuse"}:
         raise UsageError(
             f"{model.name}: its tokenizer decodes by {', '.join(sorted(steps))}, which does not "
             "tell the bytes that a token stands for: use sequence_level.py"
         )
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
 
-    def spelled(token: str) -> bytes:
-        if byte_level and all(c in alphabet for c in token):
-            return bytes(alphabet[c] for c in token)
+    def as_bytes(token: str) -> bytes:
+        if byte_level and all(c in byte_of for c in token):
+            return bytes(byte_of[c] for c in token)
         if "ByteFallback" in steps and len(token) == 6 and token.startswith("<0x"):
             return bytes.fromhex(token[3:5])
         return (token if byte_level or steps == {"Fuse"} else token.replace("▁", " ")).encode()
 
-    found, added = [b""] * model.vocabulary, tokenizer.added_tokens_decoder
+    result = [b""] * model.vocabulary
     for token, i in tokenizer.get_vocab().items():
-        if i not in added:
-            found[i] = spelled(token)
-        else:
-            found[i] = (END if added[i].special else b"") + added[i].content.encode()
+        result[i] = as_bytes(token)
+    for i, added in tokenizer.added_tokens_decoder.items():
+        result[i] = (END if added.special else b"") + added.content.encode()
     for i in model.end_ids:
-        found[i] = END
-    return found
+        result[i] = END
+    return result
 
 
-def align(student_ends: Sequence[int], teacher_ends: Sequence[int]) -> list[tuple[int, int]]:
-    """Pairs of overlapping tokens, in order: one for each place where a token of either begins.
+class Vocabulary:
+    """A model's tokens as bytes."""
 
-    Args:
-        student_ends, teacher_ends: where each token ends in the one text, ascending.
+    def __init__(self, tokens: list[bytes]) -> None:
+        """`tokens` is the result of `token_bytes`; several ids may stand for the same bytes."""
+        self.tokens = tokens
+        self.ids: dict[bytes, list[int]] = {}
+        for i, token in enumerate(tokens):
+            self.ids.setdefault(token, []).append(i)
+        self.ordered = sorted(self.ids)
 
-    Returns:
-        Student's and teacher's token at each place. Both numbers rise where both begin a token;
-        the one that stays is of the model that is inside a token there.
-    """
-    pairs, i, j = [], 0, 0
-    while i < len(student_ends) and j < len(teacher_ends):
-        pairs.append((i, j))
-        ours, theirs = student_ends[i], teacher_ends[j]
-        i += ours <= theirs
-        j += theirs <= ours
-    return pairs
-
-
-class Turn(NamedTuple):
-    """One assistant turn in the tokens of both models."""
-
-    first: tuple[int, int]  # number of its first target, of the student and of the teacher
-    pieces: tuple[list[bytes], list[bytes]]
-    begins: tuple[list[int], list[int]]  # of each token in bytes, and at last the end of the text
-    same: int  # bytes that both texts begin with
-
-    def pairs(self) -> list[tuple[int, int]]:
-        """`align`, as far as both models have read the same."""
-        ours, theirs = self.begins
-        pairs = align(ours[1:], theirs[1:])
-        return [(i, j) for i, j in pairs if max(ours[i], theirs[j]) <= self.same]
-
-    def spans(self) -> list[tuple[int, int]]:
-        """The pairs where both begin a token."""
-        ours, theirs = self.begins
-        return [(i, j) for i, j in self.pairs() if ours[i] == theirs[j]]
-
-
-def turns(example: Example, student_bytes: list[bytes], teacher_bytes: list[bytes]) -> list[Turn]:
-    """The assistant turns of an example: runs of targets, which are numbered through all turns."""
-    sides = []
-    for (ids, targets), spelled in zip(example[:2], (student_bytes, teacher_bytes), strict=True):
-        cuts = [k for k in range(1, len(targets)) if targets[k] != targets[k - 1] + 1]
-        runs = zip([0, *cuts], [*cuts, len(targets)], strict=True) if targets else ()
-        sides.append([(a, [spelled[ids[p]] for p in targets[a:b]]) for a, b in runs])
-    found = []
-    for (a, ours), (b, theirs) in zip(*sides, strict=False):  # one side may have been cut sooner
-        texts = b"".join(ours), b"".join(theirs)
-        # SentencePiece puts a space before the text, and templates may.
-        spaces = [len(text) - len(text.lstrip(b" ")) for text in texts]
-        extra = [n - min(spaces) for n in spaces]
-        whole = [text[n:] for text, n in zip(texts, extra, strict=True)]
-        differ = (n for n, (x, y) in enumerate(zip(*whole, strict=False)) if x != y)
-        begins = []
-        for pieces, skipped in zip((ours, theirs), extra, strict=True):
-            places = [-skipped]
-            for piece in pieces:
-                places.append(places[-1] + len(piece))
-            begins.append([max(p, 0) for p in places])
-        same = next(differ, min(map(len, whole)))
-        found.append(Turn((a, b), (ours, theirs), tuple(begins), same))
-    return found
-
-
-class Ragged(NamedTuple):
-    """Rows of different lengths, one after the other."""
-
-    values: Tensor
-    begins: Tensor  # of each row in `values`
-    counts: Tensor  # how long it is
-
-    def take(self, rows: Tensor, total: int) -> tuple[Tensor, Tensor]:
-        """(which of `rows`, place in `values`) for all their elements; `total`: how many."""
-        counts = self.counts[rows]
-        owner = torch.repeat_interleave(counts, output_size=total)
-        shift = self.begins[rows] - (counts.cumsum(0) - counts)
-        return owner, torch.arange(total, device=rows.device) + shift[owner]
-
-
-def ragged(rows: list[list[int]], device: torch.device) -> Ragged:
-    counts = torch.tensor([len(row) for row in rows], dtype=torch.long)
-    values = torch.tensor([v for row in rows for v in row], dtype=torch.long)
-    return Ragged(*(t.to(device) for t in (values, counts.cumsum(0) - counts, counts)))
-
-
-class Continuations:
-    """How a model that has read w, the first bytes of a token, goes on, in another's tokens."""
-
-    def __init__(self, inside: list[bytes], other: list[bytes]) -> None:
-        self.inside = sorted((b, i) for i, b in enumerate(inside) if b)
-        self.other = {b: i for i, b in enumerate(other) if b}
-        self.numbers: dict[bytes, int] = {}  # of every w met so far
-        self.foretold: list[dict[int, int]] = []  # by w: token inside, first token of its rest
-        self.stops: list[list[int]] = []  # by w: the tokens inside that are w and no more
-
-    def number(self, w: bytes) -> int:
-        """The row of w in the tables."""
-        if w not in self.numbers:
-            self.numbers[w] = len(self.numbers)
-            foretold, stops = {}, []
-            first = bisect.bisect_left(self.inside, (w, -1))
-            last = bisect.bisect_left(self.inside, (w + 2 * END, -1))
-            for token, i in self.inside[first:last]:
-                rest = token[len(w) :]
-                if not rest:
-                    stops.append(i)
-                elif longest := longest_prefix(rest, self.other):
-                    foretold[i] = self.other[longest]
-            self.foretold.append(foretold)
-            self.stops.append(stops)
-        return self.numbers[w]
-
-    def tables(self, device: torch.device) -> Tables:
-        outcomes = [sorted(set(foretold.values())) for foretold in self.foretold]
-        tokens, places = [], []
-        for foretold, stops, names in zip(self.foretold, self.stops, outcomes, strict=True):
-            place = {name: k for k, name in enumerate(names)}
-            tokens.append([*foretold, *stops])
-            places.append([place[v] for v in foretold.values()] + [len(names)] * len(stops))
-        stops = torch.tensor([bool(s) for s in self.stops], device=device)
-        rows = [ragged(table, device) for table in (tokens, places, outcomes)]
-        return Tables(rows[0], rows[1].values, rows[2], stops)
-
-
-class Tables(NamedTuple):
-    """`Continuations` on a device. Outcomes of a w: tokens of the other model, and a stop."""
-
-    tokens: Ragged  # by w: ids of the model inside that begin with w
-    outcome: Tensor  # of each of these, counted within its w
-    other: Ragged  # by w: the other model's id for each outcome but the stop
-    stops: Tensor  # by w: whether a token of the model inside is w and no more
-
-
-def common_names(
-    student: list[bytes], teacher: list[bytes], starts: set[tuple[bytes, bytes]]
-) -> dict[bytes, int]:
-    """What a token of either vocabulary can count for, as bytes, numbered from 1; b"" is 0.
-
-    These are the tokens of either vocabulary that are, or begin, a token of the other, less those
-    that a text contradicts: `starts` are a student's and a teacher's token that begin at one place.
-    As both have to count for the same, the longer of two names goes, unless both have that token.
-    """
-    shared = set(student) & set(teacher)
-    names = shared | {b""}
-    for tokens, others in ((student, sorted(teacher)), (teacher, sorted(student))):
-        for token in set(tokens) - shared:
-            first = bisect.bisect_left(others, token)
-            if first < len(others) and others[first].startswith(token):
-                names.add(token)
-    before = 0
-    while before != len(names):  # the name that a token falls back on may be contradicted too
-        before = len(names)
-        for pair in starts:
-            short, long = sorted((longest_prefix(token, names) for token in pair), key=len)
-            if short != long and long.startswith(short):
-                names -= {long} - shared
-    return {name: n for n, name in enumerate(sorted(names))}
+    def beginning_with(self, prefix: bytes) -> list[bytes]:
+        """All tokens that begin with `prefix`."""
+        first = bisect.bisect_left(self.ordered, prefix)
+        last = bisect.bisect_left(self.ordered, prefix + 2 * END)  # sorts after all of them
+        return self.ordered[first:last]
 
 
 def longest_prefix(token: bytes, known: Container[bytes]) -> bytes:
-    """The longest key of `known` that `token` begins with; empty where none is."""
+    """The longest element of `known` that `token` begins with, or b"".
+
+    A special token has no prefix but itself.
+    """
     if token.startswith(END):
         return token if token in known else b""
     return next((token[:n] for n in range(len(token), 0, -1) if token[:n] in known), b"")
 
 
-class Pairs(NamedTuple):
-    """States to compare, by their places in a piece, and what was read of the token inside."""
-
-    student: Tensor
-    teacher: Tensor
-    w: Tensor  # row in the tables of `Continuations`
-    sizes: tuple[int, int]  # tokens and outcomes of these rows together
+# ----------------------------------------------------------------------------------- alignment
 
 
-class Piece(NamedTuple):
-    """A part of a batch whose logits exist at one time."""
+class Turn(NamedTuple):
+    """One assistant turn of an example. Each tuple: the student's value, then the teacher's."""
 
-    rows: slice  # of the student's states
-    teacher_rows: slice
-    level: Pairs  # both begin a token; for uld, where the teacher's begins nearest
-    teacher_inside: Pairs
-    student_inside: Pairs
-    alone: Tensor  # the student's rows that nothing is compared with
-    targets: Tensor
+    first: tuple[int, int]  # index of its first token among all targets of the example
+    tokens: tuple[list[bytes], list[bytes]]
+    begins: tuple[list[int], list[int]]  # byte offset of each token, and of the end of the text
+    same: int  # how many leading bytes of the two texts are equal
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Indices of the student's and the teacher's token at every place where one of them begins.
+
+        The index of a model that is inside a token stays. The pairs end where the texts differ.
+        """
+        (ours, theirs), pairs, i, j = self.begins, [], 0, 0
+        while i + 1 < len(ours) and j + 1 < len(theirs) and max(ours[i], theirs[j]) <= self.same:
+            pairs.append((i, j))
+            student_end, teacher_end = ours[i + 1], theirs[j + 1]
+            i += student_end <= teacher_end
+            j += teacher_end <= student_end
+        return pairs
+
+    def boundaries(self) -> list[tuple[int, int]]:
+        """The pairs where both models begin a token."""
+        ours, theirs = self.begins
+        return [(i, j) for i, j in self.pairs() if ours[i] == theirs[j]]
+
+    def bytes_read(self, i: int, j: int) -> tuple[bytes, bytes]:
+        """How much of each token precedes the place of this pair: b"" if the token begins there."""
+        place, parts = max(self.begins[0][i], self.begins[1][j]), []
+        for tokens, begins, k in zip(self.tokens, self.begins, (i, j), strict=True):
+            # Counted from the end, because the text may lack the space that its first token has.
+            read = len(tokens[k]) - (begins[k + 1] - place)
+            parts.append(b"" if begins[k] == place else tokens[k][:read])
+        return tuple(parts)
+
+    def nearest(self) -> Iterator[tuple[int, int]]:
+        """Each student token with the teacher's that begins nearest to it, the later one of two."""
+        begins, j = self.begins[1][:-1], 0
+        for i, start in enumerate(self.begins[0][:-1]):
+            while j + 1 < len(begins) and abs(begins[j + 1] - start) <= abs(begins[j] - start):
+                j += 1
+            yield i, j
 
 
-LEVEL, TEACHER_INSIDE, STUDENT_INSIDE = range(3)
+def turns(example: Example, vocabularies: Sequence[Vocabulary]) -> list[Turn]:
+    """The assistant turns of an example, as far as both models have them."""
+    sides = []
+    both = example.student, example.teacher
+    for (ids, targets), vocabulary in zip(both, vocabularies, strict=True):
+        runs = itertools.groupby(enumerate(targets), key=lambda target: target[1] - target[0])
+        runs = [list(run) for _, run in runs]  # of consecutive positions
+        sides.append([(run[0][0], [vocabulary.tokens[ids[p]] for _, p in run]) for run in runs])
+    result = []
+    for turn in zip(*sides, strict=False):  # one model's text may have been cut earlier
+        first, tokens = zip(*turn, strict=True)
+        texts = [b"".join(side) for side in tokens]
+        # SentencePiece and some templates put a space before the text; the offsets leave it out.
+        spaces = [len(text) - len(text.lstrip(b" ")) for text in texts]
+        extra = [n - min(spaces) for n in spaces]
+        begins = tuple(
+            [max(0, offset) for offset in itertools.accumulate(map(len, side), initial=-n)]
+            for side, n in zip(tokens, extra, strict=True)
+        )
+        texts = [text[n:] for text, n in zip(texts, extra, strict=True)]
+        differences = (n for n, (x, y) in enumerate(zip(*texts, strict=False)) if x != y)
+        same = next(differences, min(map(len, texts)))
+        result.append(Turn(first, tokens, begins, same))
+    return result
 
 
-def nearest(turn: Turn) -> Iterator[tuple[int, int, int, int]]:
-    """Each of the student's tokens with the teacher's that begins nearest, the later of two."""
-    (first, its_first), (begins, its_begins) = turn.first, turn.begins
-    j = 0
-    for i, place in enumerate(begins[:-1]):
-        while j + 2 < len(its_begins) and abs(its_begins[j + 1] - place) <= abs(
-            its_begins[j] - place
-        ):
-            j += 1
-        yield first + i, its_first + j, LEVEL, 0
+# ------------------------------------------------------------------------------------ outcomes
+
+# Outcomes are numbers. Those from 2 on stand for bytes that tokens of both models are mapped to.
+LEFT_OUT = 0  # removed from the distribution, which is renormalised
+REMAINDER = 1  # no shared prefix, or "stop"
+
+
+class Context(NamedTuple):
+    """The outcomes of all tokens, given the bytes that each model has read of its current token.
+
+    Each tuple: the student's value, then the teacher's.
+    """
+
+    outcomes: tuple[dict[bytes, int], dict[bytes, int]]  # by token
+    default: tuple[int, int]  # the outcome of the tokens that are not in `outcomes`
+    count: int  # outcomes are below this number
+
+    def agrees(self, student_token: bytes, teacher_token: bytes) -> bool:
+        """Whether both tokens are mapped to the same bytes."""
+        outcome = self.outcomes[0].get(student_token, self.default[0])
+        return outcome == self.outcomes[1].get(teacher_token, self.default[1]) > REMAINDER
+
+
+def shared_prefixes(
+    student: Iterable[bytes], teacher: Iterable[bytes], boundaries: set[tuple[bytes, bytes]]
+) -> set[bytes]:
+    """The set that tokens are mapped to where both models begin one; it contains b"".
+
+    It holds the tokens of either vocabulary that are equal to, or a prefix of, a token of the
+    other. `boundaries` are the pairs of a student's and a teacher's token that begin at the same
+    place of the training text. If two such tokens are mapped to different elements of which one is
+    a prefix of the other, the longer one is removed, unless it is a token of both vocabularies.
+    Then both tokens are mapped to the shorter one.
+    """
+    student, teacher = set(student), set(teacher)
+    beginnings = [
+        {token[:n] for token in tokens for n in range(1, len(token) + 1)}
+        for tokens in (student, teacher)
+    ]
+    prefixes = {b""} | student & beginnings[1] | teacher & beginnings[0]
+    size = None
+    while size != len(prefixes):  # the next shorter prefix of a token may be contradicted too
+        size = len(prefixes)
+        for tokens in boundaries:
+            short, long = sorted((longest_prefix(t, prefixes) for t in tokens), key=len)
+            if short != long and long.startswith(short):
+                prefixes -= {long} - (student & teacher)
+    return prefixes
+
+
+def boundary_context(student: Vocabulary, teacher: Vocabulary, prefixes: set[bytes]) -> Context:
+    """Both models begin a token, whose outcome is its longest prefix in `shared_prefixes`.
+
+    Outcomes that the student has no token for are left out of the teacher's distribution.
+    """
+    numbers = {prefix: n for n, prefix in enumerate(sorted(prefixes), REMAINDER)}  # b"" is first
+    ours = {token: numbers[longest_prefix(token, prefixes)] for token in student.ids}
+    theirs = {token: numbers[longest_prefix(token, prefixes)] for token in teacher.ids}
+    possible = set(ours.values())
+    theirs = {token: n if n in possible else LEFT_OUT for token, n in theirs.items()}
+    return Context((ours, theirs), (LEFT_OUT, LEFT_OUT), len(prefixes) + REMAINDER)
+
+
+def inside_context(
+    student: Vocabulary, teacher: Vocabulary, bytes_read: tuple[bytes, bytes]
+) -> Context:
+    """One model has read some bytes of its token; the outcomes are the other model's tokens."""
+    inside = int(not bytes_read[0])  # 0: the student is inside a token, 1: the teacher
+    read = bytes_read[inside]
+    model, beginning = (student, teacher) if inside == 0 else (teacher, student)
+    named: dict[bytes, int] = {}  # outcomes of the tokens of `beginning`
+    continued: dict[bytes, int] = {}  # of `model`
+    for token in model.beginning_with(read):
+        if token == read:
+            continued[token] = REMAINDER
+        elif match := longest_prefix(token[len(read) :], beginning.ids):
+            continued[token] = named.setdefault(match, len(named) + REMAINDER + 1)
+    count = len(named) + REMAINDER + 1
+    if inside == 1:
+        return Context((named, continued), (REMAINDER, LEFT_OUT), count)
+    stop = REMAINDER if read in student.ids else LEFT_OUT  # left out if the student cannot stop
+    return Context((continued, named), (LEFT_OUT, stop), count)
+
+
+# ---------------------------------------------------------------------- what a batch compares
+
+# Contexts are numbers in `Alignments.pairs`. Those from 1 on come from `inside_context`.
+BOUNDARY = 0  # `boundary_context`
+UNMATCHED = -1  # nothing to compare: the student learns the token by cross-entropy
+
+
+def to_device(t: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor, made without waiting for the device."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+
+
+@dataclass
+class Piece:
+    """A part of a batch whose logits exist at one time.
+
+    Not a NamedTuple, because DDP would move its tensors to the GPU.
+    """
+
+    rows: slice  # of the student's hidden states
+    teacher_rows: slice  # of the teacher's
+    pairs: Tensor  # (P, 3) on the CPU: row of the student, row of the teacher, context
 
 
 class Alignments:
-    """Which states of the two models are compared, found once for every example."""
+    """Which distributions of the two models are compared, computed once for every example."""
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        student: LanguageModel,
-        teacher: LanguageModel,
-        objective: Objective,
-    ) -> None:
-        """Align the examples; raises `UsageError` where no two tokens can be compared."""
-        self.objective, self.device = objective, student.device
-        self.sizes = student.vocabulary, teacher.vocabulary
-        self.spelled = token_bytes(student), token_bytes(teacher)
-        numbers = common_names(*self.spelled, self._starts(examples))
-        classes = [[numbers[longest_prefix(b, numbers)] for b in side] for side in self.spelled]
-        self.inside = (
-            Continuations(self.spelled[1], self.spelled[0]),
-            Continuations(self.spelled[0], self.spelled[1]),
-        )
-        self.spans = self.tokens = self.teacher_tokens = self.compared = 0
-        # Rows of (student's target, teacher's target, case, w), by the example's id().
-        self.pairs = {id(e): self._align(e, classes) for e in examples}
-        if not self.compared:
+    def __init__(self, examples: Sequence[Example], pair: Pair, objective: Objective) -> None:
+        """Align the examples; raises `UsageError` if no two tokens can be compared."""
+        self.objective, self.device = objective, pair.student.device
+        self.vocabularies = [Vocabulary(token_bytes(model)) for model in pair]
+        boundaries = {
+            (turn.tokens[0][i], turn.tokens[1][j])
+            for example in examples
+            for turn in turns(example, self.vocabularies)
+            for i, j in turn.boundaries()
+        }
+        prefixes = shared_prefixes(*(v.ids for v in self.vocabularies), boundaries)
+        self.contexts = [boundary_context(*self.vocabularies, prefixes)]
+        self.numbers = {(b"", b""): BOUNDARY}  # of contexts, by the bytes read
+        self.totals: Counter[str] = Counter()
+        self.pairs = {example.index: self._align(example) for example in examples}
+        if not self.totals["compared"]:
             raise UsageError(
-                f"no token of {student.name} can be compared with one of {teacher.name}: their "
-                "tokenizers do not give the same text back"
+                f"no token of {pair.student.name} can be compared with one of {pair.teacher.name}: "
+                "their tokenizers do not give the same text back"
             )
-        self.classes = [torch.tensor(side, device=self.device) for side in classes]
-        self.count = len(numbers)
-        self.possible = torch.zeros(self.count, device=self.device)
-        self.possible[self.classes[0]] = 1
-        self.tables = [c.tables(self.device) for c in self.inside]
-        self.counts = [(t.tokens.counts.cpu(), t.other.counts.cpu()) for t in self.tables]
-        own = [b for b in self.spelled[0] if b and not b.startswith(END)]
-        theirs = set(self.spelled[1])
-        self.overlap = sum(b in theirs for b in own) / max(1, len(own))
+        self.tables = [[self._table(c, side) for side in (0, 1)] for c in self.contexts]
 
-    def _starts(self, examples: Sequence[Example]) -> set[tuple[bytes, bytes]]:
-        """The student's and the teacher's token wherever both begin one."""
-        found = (turn for e in examples for turn in turns(e, *self.spelled))
-        return {(t.pieces[0][i], t.pieces[1][j]) for t in found for i, j in t.spans()}
-
-    def _align(self, example: Example, classes: list[list[int]]) -> Tensor:
-        rows = []
-        for turn in turns(example, *self.spelled):
-            self.spans += len(turn.spans())
-            if self.objective.loss == "uld":
-                rows += nearest(turn)
-            else:
-                rows += self._comparable(example, turn, classes)
-        self.tokens += len(example.student.targets)
-        self.teacher_tokens += len(example.teacher.targets)
-        self.compared += len({i for i, _, case, _ in rows if case != STUDENT_INSIDE})
-        return torch.tensor(rows, dtype=torch.int32).view(-1, 4)
-
-    def _comparable(
-        self, example: Example, turn: Turn, classes: list[list[int]]
-    ) -> Iterator[tuple[int, int, int, int]]:
-        """The pairs of a turn, without those where the text shows what could not be foretold."""
-        student, teacher, _ = example
-        for i, j in turn.pairs():
-            row = turn.first[0] + i, turn.first[1] + j
-            own, other = student.ids[student.targets[row[0]]], teacher.ids[teacher.targets[row[1]]]
-            ahead = turn.begins[0][i] - turn.begins[1][j]
-            if ahead == 0:
-                if classes[0][own] == classes[1][other] > 0:
-                    yield (*row, LEVEL, 0)
-            elif ahead > 0:
-                w = self.inside[0].number(turn.pieces[1][j][:ahead])
-                if self.inside[0].foretold[w].get(other) == own:
-                    yield (*row, TEACHER_INSIDE, w)
-            else:
-                w = self.inside[1].number(turn.pieces[0][i][:-ahead])
-                if self.inside[1].foretold[w].get(own) == other:
-                    yield (*row, STUDENT_INSIDE, w)
+    def _align(self, example: Example) -> Tensor:
+        """(P, 3): index of the student's target, index of the teacher's target, context."""
+        uld = self.objective.loss == "uld"
+        pairs, compared = [], set()
+        for turn in turns(example, self.vocabularies):
+            self.totals["boundaries"] += len(turn.boundaries())
+            for i, j in turn.nearest() if uld else turn.pairs():
+                bytes_read = (b"", b"") if uld else turn.bytes_read(i, j)
+                if bytes_read not in self.numbers:
+                    self.numbers[bytes_read] = len(self.contexts)
+                    self.contexts.append(inside_context(*self.vocabularies, bytes_read))
+                context = self.numbers[bytes_read]
+                if uld or self.contexts[context].agrees(turn.tokens[0][i], turn.tokens[1][j]):
+                    pairs.append((turn.first[0] + i, turn.first[1] + j, context))
+                    if not bytes_read[0]:
+                        compared.add(turn.first[0] + i)
+        targets = range(len(example.student.targets))
+        if not uld:
+            pairs += [(i, 0, UNMATCHED) for i in targets if i not in compared]
+        self.totals["compared"] += len(compared)
+        self.totals["student"] += len(targets)
+        self.totals["teacher"] += len(example.teacher.targets)
+        return torch.tensor(pairs, dtype=torch.int32).view(-1, 3)
 
     def __call__(self, examples: Sequence[Example]) -> list[Piece]:
-        """The batch of these examples, cut so that no piece's logits are many at a time."""
-        rows, targets, n, m = [torch.zeros(0, 4, dtype=torch.long)], [], 0, 0
-        for example in examples:
-            rows.append(self.pairs[id(example)] + torch.tensor([n, m, 0, 0]))
-            targets += [example.student.ids[p] for p in example.student.targets]
-            n, m = n + len(example.student.targets), m + len(example.teacher.targets)
-        pairs, of_targets = torch.cat(rows), torch.tensor(targets, dtype=torch.long)
-        widest = max(self.sizes[0], self.sizes[1] * m // max(1, n))
-        size = common.chunk_rows(4 * widest, self.device)  # autograd keeps more arrays here
-        return [self._piece(pairs, of_targets, i, min(i + size, n)) for i in range(0, n, size)]
+        """The pieces of a batch of these examples; their rows cover all its targets in order."""
+        counts = [(len(e.student.targets), len(e.teacher.targets), 0) for e in examples]
+        starts = torch.tensor([(0, 0, 0), *counts]).cumsum(0)  # (B + 1, 3)
+        parts = [self.pairs[e.index] + start for e, start in zip(examples, starts, strict=False)]
+        pairs = torch.cat([starts[:0], *parts])  # (P, 3)
+        n, m, _ = starts[-1].tolist()
+        student_size, teacher_size = (len(v.tokens) for v in self.vocabularies)
+        widest = max(student_size, teacher_size * m // max(1, n))
+        chunks = common.chunks(n, 4 * widest, self.device)  # autograd keeps several arrays
+        return [self._piece(pairs, rows) for rows in chunks]
 
-    def _piece(self, pairs: Tensor, targets: Tensor, start: int, stop: int) -> Piece:
-        mine = pairs[(pairs[:, 0] >= start) & (pairs[:, 0] < stop)]
-        low, high = (int(mine[:, 1].min()), int(mine[:, 1].max()) + 1) if len(mine) else (0, 0)
-        mine = mine - torch.tensor([start, low, 0, 0])
-        alone = torch.ones(stop - start, dtype=torch.bool)
-        alone[mine[mine[:, 2] != STUDENT_INSIDE, 0]] = False
-        cases = []
-        for case in (LEVEL, TEACHER_INSIDE, STUDENT_INSIDE):
-            student, teacher, _, w = mine[mine[:, 2] == case].t()
-            counts = self.counts[case - 1] if case else ()
-            sizes = tuple(int(count[w].sum()) for count in counts)
-            cases.append(Pairs(*(self._on_device(t) for t in (student, teacher, w)), sizes))
-        more = (self._on_device(t) for t in (alone.nonzero()[:, 0], targets[start:stop]))
-        return Piece(slice(start, stop), slice(low, high), *cases, *more)
+    def _piece(self, pairs: Tensor, rows: slice) -> Piece:
+        pairs = pairs[(pairs[:, 0] >= rows.start) & (pairs[:, 0] < rows.stop)]
+        teacher = pairs[pairs[:, 2] != UNMATCHED, 1].tolist()
+        teacher_rows = slice(min(teacher, default=0), max(teacher, default=-1) + 1)
+        return Piece(rows, teacher_rows, pairs - torch.tensor([rows.start, teacher_rows.start, 0]))
 
-    def _on_device(self, t: Tensor) -> Tensor:
-        t = t.contiguous()
-        return (
-            t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t
-        )
+    def _table(self, context: Context, side: int) -> Tensor:
+        """The outcomes of a model in a context: token ids and outcomes (2, n)."""
+        ids = self.vocabularies[side].ids
+        entries = [(i, n) for token, n in context.outcomes[side].items() for i in ids[token]]
+        return torch.tensor(entries, dtype=torch.long, device=self.device).view(-1, 2).t()
+
+    def outcomes(self, contexts: list[int], side: int) -> Tensor:
+        """The outcomes of all tokens of the student (side 0) or teacher in P contexts: (P, V)."""
+        rows = contexts if any(contexts) else [BOUNDARY]  # one row, expanded below
+        default = torch.tensor([[self.contexts[c].default[side]] for c in rows])
+        size = len(self.vocabularies[side].tokens)
+        result = to_device(default, self.device).expand(-1, size).contiguous()
+        tables = [self.tables[c][side] for c in rows]
+        lengths = torch.tensor([table.shape[1] for table in tables])
+        ids, outcomes = torch.cat(tables, 1)
+        result[to_device(torch.repeat_interleave(lengths), self.device), ids] = outcomes
+        return result.expand(len(contexts), -1)
 
     def report(self) -> dict[str, float]:
-        """How well the two vocabularies and the texts fit together."""
+        """How well the two vocabularies and the texts match."""
+        words = [t for t in self.vocabularies[0].tokens if t and not t.startswith(END)]
+        shared = sum(t in self.vocabularies[1].ids for t in words)
         return {
-            "vocabulary_overlap": self.overlap,
-            "aligned_tokens": self.spans / max(1, self.tokens),
-            "compared_tokens": self.compared / max(1, self.tokens),
-            "student_tokens_per_span": self.tokens / max(1, self.spans),
-            "teacher_tokens_per_span": self.teacher_tokens / max(1, self.spans),
+            "vocabulary_overlap": shared / len(words),
+            "aligned_tokens": self.totals["boundaries"] / self.totals["student"],
+            "compared_tokens": self.totals["compared"] / self.totals["student"],
+            "student_tokens_per_span": self.totals["student"] / self.totals["boundaries"],
+            "teacher_tokens_per_span": self.totals["teacher"] / self.totals["boundaries"],
         }
 
-    def picture(self, example: Example, width: int = 100) -> str:
-        """The last turn of an example, the student's tokens above the teacher's."""
-        found = turns(example, *self.spelled)
-        if not found:
-            return "  (an empty response)"
-        turn = found[-1]
-        spans, lines = turn.spans(), ["  student ", "  teacher "]
-        ends = [*spans[1:], tuple(len(pieces) for pieces in turn.pieces)]
-        for cut in zip(spans, ends, strict=True):
-            parts = zip(turn.pieces, *cut, strict=True)
-            cells = ["|".join(map(_shown, pieces[a:b])) for pieces, a, b in parts]
-            widest = max(map(len, cells))
-            if len(lines[0]) + widest + 3 > width:
+    def summary(self, example: Example, width: int = 100) -> str:
+        """The example's last turn, the student's tokens above the teacher's; then `report`."""
+        numbers = ", ".join(f"{name} {value:.3f}" for name, value in self.report().items())
+        turn = next(reversed(turns(example, self.vocabularies)), None)
+        if turn is None:
+            return f"  (an empty response)\nalignment: {numbers}"
+        starts, lines = turn.boundaries(), ["  student ", "  teacher "]
+        stops = [*starts[1:], tuple(map(len, turn.tokens))]
+        for span in zip(starts, stops, strict=True):
+            sides = zip(turn.tokens, *span, strict=True)
+            cells = ["|".join(map(printable, tokens[a:b])) for tokens, a, b in sides]
+            size = max(map(len, cells))
+            if len(lines[0]) + size + 3 > width:
                 break
-            lines = [f"{line}{cell:{widest}} ¦ " for line, cell in zip(lines, cells, strict=True)]
-        return "\n".join(line.rstrip(" ¦") for line in lines)
+            lines = [f"{line}{cell:{size}} ¦ " for line, cell in zip(lines, cells, strict=True)]
+        return "\n".join([*(line.rstrip(" ¦") for line in lines), f"alignment: {numbers}"])
 
 
-def _shown(piece: bytes) -> str:
-    if piece.startswith(END):
-        return piece[len(END) :].decode() or "<end>"
-    return repr(piece.decode(errors="replace").replace(" ", "␣"))[1:-1]
+def printable(token: bytes) -> str:
+    if token.startswith(END):
+        return token[len(END) :].decode() or "<end>"
+    return repr(token.decode(errors="replace").replace(" ", "␣"))[1:-1]
 
 
-# ----------------------------------------------------------------------------------------- loss
-
-
-def floor(p: Tensor) -> float:
-    """What a probability counts for at least, so that no gradient overflows: 1e-19 in float32."""
-    return torch.finfo(p.dtype).tiny ** 0.5
+# ---------------------------------------------------------------------------------------- loss
 
 
 def kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """Σ teacher · log(teacher / student) over all elements, in nats."""
-    return torch.sum(
-        teacher * ((teacher + floor(teacher)).log() - (student + floor(student)).log())
-    )
+    """Σ KL(teacher ‖ student) in nats over the rows of two (P, K) arrays, each row renormalised."""
+    floor = torch.finfo(torch.float32).tiny ** 0.5  # 1e-19: no gradient overflows
+    teacher, student = (p / p.sum(-1, keepdim=True).clamp_min(floor) for p in (teacher, student))
+    return torch.sum(teacher * ((teacher + floor).log() - (student + floor).log()))
 
 
-def class_probabilities(probabilities: Tensor, classes: Tensor, count: int) -> Tensor:
-    """(n, V) summed over the tokens of each class: (n, count)."""
+def sum_by_outcome(probabilities: Tensor, outcomes: Tensor, count: int) -> Tensor:
+    """Sum probabilities (P, V) of tokens to (P, count - 1) of outcomes, without `LEFT_OUT`."""
     sums = probabilities.new_zeros(len(probabilities), count)
-    return sums.scatter_add(1, classes.expand_as(probabilities), probabilities)
-
-
-def continuations(
-    inside: Tensor,
-    other: Tensor,
-    rows: tuple[Tensor, Tensor],
-    pairs: Pairs,
-    tables: Tables,
-    held: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """How both models go on, over the outcomes of each pair's w, one after the other.
-
-    Args:
-        inside, other: probabilities (n, V) of the model that has read w, and of the other one.
-        rows: of either, for each pair.
-        held: the other model has to go on where the model inside has no token that is w.
-
-    Returns:
-        The restricted, renormalised distribution of the model inside, and the other model's:
-        its probability for every outcome's token, and all that is left for a stop.
-    """
-    w, (tokens, outcomes) = pairs.w, pairs.sizes
-    counts = tables.other.counts[w] + 1
-    ends = counts.cumsum(0)
-    pair_of = torch.repeat_interleave(counts, output_size=outcomes + len(w))
-
-    pair, place = tables.tokens.take(w, tokens)
-    found = inside[rows[0][pair], tables.tokens.values[place]]
-    restricted = inside.new_zeros(len(pair_of))
-    restricted = restricted.index_add(0, (ends - counts)[pair] + tables.outcome[place], found)
-    total = inside.new_zeros(len(w)).index_add(0, pair_of, restricted).clamp_min(floor(inside))
-
-    pair, place = tables.other.take(w, outcomes)
-    names, spots = tables.other.values[place], torch.arange(outcomes, device=w.device) + pair
-    chosen = other[rows[1]]
-    left = chosen.index_put((pair, names), other.new_zeros(())).sum(-1)
-    if held:
-        left = left * tables.stops[w]
-    going_on = left.new_zeros(len(pair_of)).index_copy(0, spots, chosen[pair, names])
-    going_on = going_on.index_copy(0, ends - 1, left)
-    whole = left.new_zeros(len(w)).index_add(0, pair_of, going_on).clamp_min(floor(other))
-    return restricted / total[pair_of], going_on / whole[pair_of]
+    return sums.scatter_add(1, outcomes, probabilities)[:, LEFT_OUT + 1 :]
 
 
 def piece_loss(
-    logits: Tensor, teacher_logits: Tensor, piece: Piece, alignments: Alignments
+    logits: Tensor, teacher_logits: Tensor, targets: Tensor, pairs: Tensor, alignments: Alignments
 ) -> tuple[Tensor, Tensor]:
-    """The objective summed over a piece, and of it the divergence without T²."""
+    """The objective summed over a piece, and the divergence in it without T².
+
+    Args:
+        logits, targets: (n, V) and (n,), of the student's rows.
+        teacher_logits: (m, V'), of the teacher's rows.
+        pairs: see `Piece`.
+    """
     loss, top_k, t, ce_weight = alignments.objective
     ours = common.softmax_with_temperature(logits, t)
     theirs = common.softmax_with_temperature(teacher_logits, t)
-    likelihoods = logits.new_zeros(len(logits))
-    if ce_weight or len(piece.alone):
+    divergence = logits.new_zeros(())
+    for group in (pairs[pairs[:, 2] == BOUNDARY], pairs[pairs[:, 2] > BOUNDARY]):
+        rows = to_device(group[:, :2], logits.device)
+        student, teacher = ours[rows[:, 0]], theirs[rows[:, 1]]  # (P, V), (P, V')
+        if loss == "uld":
+            student, teacher = (p.topk(top_k).values for p in (student, teacher))
+        else:
+            contexts = group[:, 2].tolist()
+            count = max((alignments.contexts[c].count for c in contexts), default=1)
+            student = sum_by_outcome(student, alignments.outcomes(contexts, 0), count)
+            teacher = sum_by_outcome(teacher, alignments.outcomes(contexts, 1), count)
+        divergence = divergence + kl(teacher, student)
+    total = t**2 * divergence
+    unmatched = pairs[pairs[:, 2] == UNMATCHED, 0]
+    if ce_weight or len(unmatched):
         logprobs = common.log_softmax_with_temperature(logits)
-        likelihoods = logprobs.gather(1, piece.targets[:, None])[:, 0]
-    if loss == "uld":
-        pair = (theirs[piece.level.teacher], ours[piece.level.student])
-        tops = [p.topk(top_k, -1).values for p in pair]
-        divergence = kl(*(p / p.sum(-1, keepdim=True) for p in tops))
-        rest = 0
-    else:
-        divergence = hybrid_divergence(ours, theirs, piece, alignments)
-        rest = -likelihoods[piece.alone].sum()
-    return t**2 * divergence + rest - ce_weight * likelihoods.sum(), divergence
-
-
-def hybrid_divergence(ours: Tensor, theirs: Tensor, piece: Piece, alignments: Alignments) -> Tensor:
-    """The sum of the KLs that the module's docstring lists, from both models' probabilities."""
-    pairs = piece.level
-    classes = [
-        class_probabilities(p[rows], of_token, alignments.count)
-        for p, rows, of_token in zip(
-            (ours, theirs), (pairs.student, pairs.teacher), alignments.classes, strict=True
-        )
-    ]
-    # What the student has no token for is left out of what the teacher says.
-    possible = classes[1] * alignments.possible
-    whole = possible.sum(-1, keepdim=True).clamp_min(floor(possible))
-    total = kl(possible / whole, classes[0])
-    if len((pairs := piece.teacher_inside).w):
-        rows = pairs.teacher, pairs.student
-        total = total + kl(*continuations(theirs, ours, rows, pairs, alignments.tables[0]))
-    if len((pairs := piece.student_inside).w):
-        rows = pairs.student, pairs.teacher
-        student, teacher = continuations(ours, theirs, rows, pairs, alignments.tables[1], held=True)
-        total = total + kl(teacher, student)
-    return total
-
-
-class _PiecewiseLoss(torch.autograd.Function):
-    """The sum of `piece_loss`, with each piece's gradient taken before its logits are dropped.
-
-    The gradients are returned from backward, never written to `.grad`, as common's chunked loss
-    does it; here autograd finds the one with respect to a piece's logits.
-    """
-
-    @staticmethod
-    def forward(ctx, states, weight, bias, head, teacher_states, teacher, pieces, alignments):
-        wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        wide = torch.promote_types(states.dtype, torch.float32)
-        sums = torch.zeros(2, dtype=wide, device=states.device)  # loss, divergence
-        head = head._replace(weight=weight, bias=bias).ready(states.dtype, states.device)
-        teacher = teacher.ready(teacher_states.dtype, states.device)
-        grad_states = torch.zeros_like(states) if wants_states else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if wants_bias else None
-        for piece in pieces:
-            teacher_logits = teacher.logits(teacher_states[piece.teacher_rows])
-            raw = common.project(states[piece.rows], head.weight, bias)
-            with torch.enable_grad():
-                raw.requires_grad_()
-                parts = piece_loss(head.transform(raw), teacher_logits, piece, alignments)
-            (gradient,) = torch.autograd.grad(parts[0], raw)
-            sums += torch.stack(parts).detach()
-            if wants_bias:
-                grad_bias += gradient.sum(0)
-            gradient = gradient.to(states.dtype)
-            if wants_states:
-                grad_states[piece.rows] = common.project(gradient, head.weight.t())
-            if wants_weight:
-                common.add_product(grad_weight, gradient, states[piece.rows])
-        ctx.gradients = [grad_states, grad_weight, grad_bias]
-        ctx.mark_non_differentiable(sums)
-        return sums[0].clone(), sums
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, _):
-        gradients, ctx.gradients = ctx.gradients, None
-        return (*[None if g is None else g.mul_(grad_loss) for g in gradients], *[None] * 5)
+        nats = -logprobs.gather(1, targets[:, None])[:, 0]  # (n,)
+        total = total + ce_weight * nats.sum()
+        total = total + nats[to_device(unmatched, logits.device)].sum()
+    return total, divergence
 
 
 class CrossTokenizerLoss(nn.Module):
@@ -650,88 +527,73 @@ class CrossTokenizerLoss(nn.Module):
         self.student, self.teacher_head, self.alignments = student, teacher_head, alignments
 
     def forward(
-        self, batch: Batch, teacher_states: Tensor, pieces: list[Piece]
+        self, batch: Batch, teacher_hidden: Tensor, pieces: list[Piece]
     ) -> tuple[Tensor, Tensor]:
-        """Loss summed over the batch's N target tokens, and the sums of (loss, divergence).
+        """Loss summed over the batch's N targets, and the sums (2,) of loss and divergence.
 
-        `teacher_states` (M, d) are the teacher's at its own M targets of the same text.
+        `teacher_hidden` (M, d) are the teacher's hidden states at its own M targets of the text.
         """
-        states, head = self.student.states(batch), self.student.head()
-        with torch.autocast(states.device.type, enabled=False):
-            return _PiecewiseLoss.apply(
-                states, head.weight, head.bias, head,
-                teacher_states, self.teacher_head, pieces, self.alignments,
-            )  # fmt: skip
+        hidden, head = self.student.hidden_states(batch), self.student.head()
+        teacher = self.teacher_head.cast(teacher_hidden.dtype, teacher_hidden.device)
+
+        def loss_and_gradient(logits: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
+            teacher_logits = teacher.logits(teacher_hidden[piece.teacher_rows])
+            targets = batch.targets[piece.rows]
+            with torch.enable_grad():
+                logits.requires_grad_()
+                parts = piece_loss(logits, teacher_logits, targets, piece.pairs, self.alignments)
+            (gradient,) = torch.autograd.grad(parts[0], logits)
+            return torch.stack(parts).detach(), gradient
+
+        rows = [(piece.rows, piece) for piece in pieces]
+        return common.chunked_loss(hidden, head, rows, loss_and_gradient)
 
 
 def main(args: Arguments) -> None:
     accelerator = common.start("cross_tokenizer", args)
-    device = accelerator.device
     train, held_out = common.load_data(args)
-    student, teacher = common.load_pair(args, device)
-    objective = args.objective(student, teacher)
-    prompts = common.encode_for_both(train, student, teacher, args.max_length)
-    evaluation = common.encode_for_both(held_out, student, teacher, args.max_length)
+    student, teacher = pair = common.load_pair(args, accelerator.device)
+    objective = args.objective(pair)
+    prompts = common.tokenize_prompts(train, pair, args.max_length)
+    evaluation = common.tokenize_prompts(held_out, pair, args.max_length)
 
-    examples = common.make_examples(train, prompts, student, teacher, args, accelerator)
-    alignments = Alignments(examples, student, teacher, objective)
-    accelerator.print(alignments.picture(examples[0]))
-    numbers = [f"{name} {value:.3f}" for name, value in alignments.report().items()]
-    accelerator.print("alignment: " + ", ".join(numbers))
-    evaluator = common.Evaluator(evaluation, student, teacher, args, accelerator)
-    states = common.TeacherStates(teacher, examples, args, accelerator, "training text")
+    examples = common.make_examples(prompts, pair, args)
+    alignments = Alignments(examples, pair, objective)
+    accelerator.print(alignments.summary(examples[0]))
+    evaluator = common.Evaluator(evaluation, pair, args)
+    teacher_hidden = common.TeacherHiddenStates(teacher, examples, args, "training text")
+    if args.cache_teacher:
+        teacher.unload()  # its head and hidden states are all that training needs
     run = common.Run("cross_tokenizer", args, accelerator)
-    before = run.before(evaluator, student)
+    before = run.evaluate_before(evaluator, student)
 
     module = CrossTokenizerLoss(student, teacher.head(), alignments)
     module, optimizer = accelerator.prepare(module, common.make_optimizer(module, args))
     steps = common.total_steps(args, len(examples))
-    first = run.resume(steps)
-    bar = common.progress(accelerator, "training", steps, first)
-    student.model.train()
-    for step in range(first, steps):
-        common.reseed(args, step, accelerator)
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, steps, args)
-        micro_batches, tokens = common.micro_batches(examples, args, step, accelerator)
+    for step in range(run.resume(steps, student), steps):
+        common.begin_step(step, steps, optimizer, args)
+        batch = common.global_batch(examples, args, step)
+        micro_batches, tokens = common.split_micro_batches(batch, args)
         sums = 0.0
         for micro_batch in micro_batches:
-            batch = common.collate([e.student for e in micro_batch], device)
+            inputs = common.collate([e.student for e in micro_batch], accelerator.device)
             with common.reduce_gradients(accelerator, module, micro_batch is micro_batches[-1]):
-                loss, parts = module(batch, states(micro_batch), alignments(micro_batch))
-                # DDP averages over processes; the sum over them, per token, is what is wanted.
+                loss, parts = module(inputs, teacher_hidden(micro_batch), alignments(micro_batch))
+                # DDP averages over processes, so their number restores the sum.
                 accelerator.backward(loss * (accelerator.num_processes / tokens))
             sums += parts
-            del loss  # its graph would lie between the arrays of the next one
+            del loss  # frees the graph before the next one is made
         norm = accelerator.clip_grad_norm_(module.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
-        total, divergence = accelerator.reduce(sums / tokens)
-        run.log(
-            step + 1,
-            tokens,
-            {
-                "train/loss": total,
-                "train/kl": divergence,
-                "optim/lr": optimizer.param_groups[0]["lr"],
-                "optim/grad_norm": norm,
-            },
-            [e.where for micro_batch in micro_batches for e in micro_batch],
-        )
-        bar.update()
-        last = step + 1 == steps
-        if last or (step + 1) % args.logging_steps == 0:
-            common.show(bar, run.flush())
-        if not last and args.eval_steps and (step + 1) % args.eval_steps == 0:
-            run.flush()
-            run.write_scores(step + 1, common.scores(evaluator(student)))
+        loss, kl = accelerator.reduce(sums / tokens)
+        lr = optimizer.param_groups[0]["lr"]
+        numbers = {"train/loss": loss, "train/kl": kl, "optim/lr": lr, "optim/grad_norm": norm}
+        run.log(step + 1, tokens, numbers, micro_batches)
+        run.evaluate(step + 1, evaluator, student)
         run.save(step + 1)
-    bar.close()
-
-    after = evaluator(student, show=3)
-    run.write_scores(steps, common.scores(after))
-    run.finish(student, before, after, evaluator, alignment=alignments.report())
+    run.finish(student, before, evaluator, alignment=alignments.report())
 
 
 if __name__ == "__main__":

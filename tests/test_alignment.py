@@ -1,12 +1,12 @@
-"""Two tokenizers on one text: bytes of tokens, pairs, spans, and what they are when compared."""
+"""Two tokenizers on one text: bytes of tokens, aligned pairs, and the outcomes that they share."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +15,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import common
 import cross_tokenizer
-from cross_tokenizer import END, align, token_bytes, turns
+from common import LanguageModel
+from cross_tokenizer import (
+    BOUNDARY,
+    END,
+    REMAINDER,
+    UNMATCHED,
+    Turn,
+    Vocabulary,
+    token_bytes,
+    turns,
+)
 
 MODELS = Path(os.environ.get("DISTIL_REAL_MODELS", "nowhere"))
 TEXTS = [
@@ -87,20 +97,21 @@ TEMPLATE = (
 )
 
 
-def wrapped(raw: Tokenizer, bos: bool, end: str) -> SimpleNamespace:
-    """What a `LanguageModel` is to the alignment."""
+def wrapped(raw: Tokenizer, bos: bool, end: str) -> LanguageModel:
+    """A model without weights, which the alignment does not need."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=end, bos_token="<s>")
     template = TEMPLATE.replace("BOS", str(bos).lower()).replace("<done>", end)
     tokenizer.chat_template = template.replace("BOT", "A: " if bos else "\nassistant\n")
-    end_ids = [tokenizer.convert_tokens_to_ids(end)]
-    return SimpleNamespace(
-        tokenizer=tokenizer, name=f"a {end} model", end_ids=end_ids, end_id=end_ids[0],
-        vocabulary=max(tokenizer.get_vocab().values()) + 1, device=torch.device("cpu"),
-    )  # fmt: skip
+    return without_weights(f"a {end} model", tokenizer, tokenizer.convert_tokens_to_ids(end))
+
+
+def without_weights(name: str, tokenizer: PreTrainedTokenizerFast, end: int) -> LanguageModel:
+    cpu = torch.device("cpu")
+    return LanguageModel(name, tokenizer, None, [end], torch.float32, cpu, name, None)
 
 
 @pytest.fixture(scope="module")
-def sides() -> dict[str, SimpleNamespace]:
+def sides() -> dict[str, LanguageModel]:
     """The three kinds; each of two sizes, with its own end token, the second with a BOS."""
     return {
         f"{kind} {size}": wrapped(make(size, [*SPECIAL, end]), size > 400, end)
@@ -120,10 +131,12 @@ PAIRS = [
 ]
 
 
-def encoded(model: SimpleNamespace, text: str, end: bool = True) -> common.Tokens:
-    prompt = common.encode_prompts(model, [conversation("ask 1")])[0]
-    answer = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return common.with_response(prompt, answer + model.end_ids * end)
+def encoded(model: LanguageModel, text: str, end: bool = True) -> common.Tokens:
+    messages = conversation("ask 1").messages
+    rendered = common.render(model.tokenizer, messages, prompt=True)
+    prompt, answer = (common.tokenize(model.tokenizer, part)[0] for part in (rendered, text))
+    ids = prompt + answer + model.end_ids * end
+    return common.Tokens(ids, list(range(len(prompt), len(ids))))
 
 
 def conversation(*turns: str) -> common.Conversation:
@@ -133,8 +146,26 @@ def conversation(*turns: str) -> common.Conversation:
     return common.Conversation(messages, response, [], "here")
 
 
-def example(student: SimpleNamespace, teacher: SimpleNamespace, text: str) -> common.Example:
-    return common.Example(encoded(student, text), encoded(teacher, text), "here")
+def example(
+    student: LanguageModel, teacher: LanguageModel, text: str, index: int = 0
+) -> common.Example:
+    return as_example(encoded(student, text), encoded(teacher, text), index)
+
+
+def as_example(student: common.Tokens, teacher: common.Tokens, index: int = 0) -> common.Example:
+    prompt = common.Prompt(conversation("ask 1"), [], [])
+    return common.Example(index, prompt, "", student, teacher)
+
+
+def vocabularies(*models: LanguageModel) -> list[Vocabulary]:
+    return [Vocabulary(token_bytes(model)) for model in models]
+
+
+def aligned(
+    examples: list[common.Example], *models: LanguageModel, loss: str = "hybrid"
+) -> cross_tokenizer.Alignments:
+    objective = cross_tokenizer.Objective(loss, 2, 1.0, 0.0)
+    return cross_tokenizer.Alignments(examples, common.Pair(*models), objective)
 
 
 def brute_force(ours: list[int], theirs: list[int]) -> list[tuple[int, int]]:
@@ -147,7 +178,12 @@ def brute_force(ours: list[int], theirs: list[int]) -> list[tuple[int, int]]:
     return [(holding(ours, p), holding(theirs, p)) for p in places]
 
 
-def test_align_is_what_its_definition_says():
+def align(ours: list[int], theirs: list[int]) -> list[tuple[int, int]]:
+    """The pairs of a turn whose tokens end at these bytes, in the same text on both sides."""
+    return Turn((0, 0), ([], []), ([0, *ours], [0, *theirs]), max(ours + theirs)).pairs()
+
+
+def test_pairs_are_what_their_definition_says():
     chance = random.Random(0)
     for _ in range(300):
         length = chance.randrange(1, 40)
@@ -177,33 +213,33 @@ def test_tokens_stand_for_the_bytes_of_their_text(sides, name):
         assert found.removeprefix(b" ") == text.encode().removeprefix(b" ")
     special = [model.tokenizer.convert_tokens_to_ids(t) for t in SPECIAL[:2]]
     assert [spelled[i] for i in special] == [END + b"<pad>", END + b"<s>"]
-    assert spelled[model.end_id] == END
+    assert spelled[model.end_ids[0]] == END
 
 
-def assert_covers(example: common.Example, student: list[bytes], teacher: list[bytes]) -> None:
-    """One turn, every token of both sides once in a span, and equal bytes in each span."""
-    (turn,) = turns(example, student, teacher)
-    for side, pieces in enumerate(turn.pieces):
-        seen = [*dict.fromkeys(pair[side] for pair in turn.pairs())]
-        assert seen == list(range(len(pieces)))
-    spans = turn.spans()
-    assert spans[0] == (0, 0)
-    ends = [*spans[1:], (len(turn.pieces[0]), len(turn.pieces[1]))]
-    for (a, b), (c, d) in zip(spans, ends, strict=True):
-        ours, theirs = b"".join(turn.pieces[0][a:c]), b"".join(turn.pieces[1][b:d])
+def assert_covers(example: common.Example, both: list[Vocabulary]) -> None:
+    """One turn, every token of both sides in a pair, and equal bytes between the boundaries."""
+    (turn,) = turns(example, both)
+    for side, tokens in enumerate(turn.tokens):
+        covered = [*dict.fromkeys(pair[side] for pair in turn.pairs())]
+        assert covered == list(range(len(tokens)))
+    starts = turn.boundaries()
+    assert starts[0] == (0, 0)
+    ends = [*starts[1:], (len(turn.tokens[0]), len(turn.tokens[1]))]
+    for (a, b), (c, d) in zip(starts, ends, strict=True):
+        ours, theirs = b"".join(turn.tokens[0][a:c]), b"".join(turn.tokens[1][b:d])
         assert (ours == theirs) if a else (ours.lstrip(b" ") == theirs.lstrip(b" "))
-    finished = turn.pieces[0][-1] == END
-    assert finished == (turn.pieces[1][-1] == END)
-    assert not finished or spans[-1] == (len(turn.pieces[0]) - 1, len(turn.pieces[1]) - 1)
+    finished = turn.tokens[0][-1] == END
+    assert finished == (turn.tokens[1][-1] == END)
+    assert not finished or starts[-1] == (len(turn.tokens[0]) - 1, len(turn.tokens[1]) - 1)
 
 
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
 def test_spans_cover_both_sides_with_equal_text(sides, student, teacher):
     """Other templates, a BOS on one side, other end tokens: none of it shifts the answer."""
     ours, theirs = sides[student], sides[teacher]
-    spelled = token_bytes(ours), token_bytes(theirs)
+    both = vocabularies(ours, theirs)
     for text in TEXTS:
-        assert_covers(example(ours, theirs, text), *spelled)
+        assert_covers(example(ours, theirs, text), both)
 
 
 def test_random_unicode(sides):
@@ -211,71 +247,75 @@ def test_random_unicode(sides):
     chance = random.Random(1)
     ranges = [(32, 127), (0x300, 0x370), (0x590, 0x6FF), (0x4E00, 0x4F00), (0x1F300, 0x1FAFF)]
     ours, theirs = sides["byte-level 300"], sides["sentencepiece 500"]
-    spelled = token_bytes(ours), token_bytes(theirs)
+    both = vocabularies(ours, theirs)
     for _ in range(100):
         letters = [chr(chance.randrange(*chance.choice(ranges))) for _ in range(30)]
-        assert_covers(example(ours, theirs, "x" + "".join(letters)), *spelled)
+        assert_covers(example(ours, theirs, "x" + "".join(letters)), both)
 
 
 def test_cut_responses_have_no_end_on_either_side(sides):
     """Cut inside a character on one side: what both have read is compared, and no more."""
     ours, theirs = sides["byte-level 300"], sides["sentencepiece 500"]
-    spelled = token_bytes(ours), token_bytes(theirs)
+    both = vocabularies(ours, theirs)
     pair = [encoded(m, "the theory 𝄞", end=False) for m in (ours, theirs)]
-    assert_covers(common.Example(*pair, ""), *spelled)
+    assert_covers(as_example(*pair), both)
     whole = encoded(theirs, "the theory 𝄞")
     cut = common.Tokens(whole.ids[:-2], whole.targets[:-2])  # without end and last of four bytes
     text = theirs.tokenizer.decode([cut.ids[p] for p in cut.targets])
     assert text.startswith("the theory \ufffd")
-    (turn,) = turns(common.Example(encoded(ours, text, end=False), cut, ""), *spelled)
+    (turn,) = turns(as_example(encoded(ours, text, end=False), cut), both)
     read = [max(turn.begins[0][i], turn.begins[1][j]) for i, j in turn.pairs()]
     assert turn.same == len("the theory ") == read[-1]
 
 
 def test_different_texts_are_compared_as_far_as_they_agree(sides):
     ours = sides["byte-level 300"]
-    spelled = token_bytes(ours)
-    pair = common.Example(encoded(ours, "AA1 QQ"), encoded(ours, "AA1 XX"), "")
-    (turn,) = turns(pair, spelled, spelled)
+    differing = as_example(encoded(ours, "AA1 QQ"), encoded(ours, "AA1 XX"))
+    (turn,) = turns(differing, vocabularies(ours, ours))
     assert turn.same == 4
-    assert turn.pairs()[-1][0] == turn.pairs()[-1][1] < len(turn.pieces[0]) - 1
+    assert turn.pairs()[-1][0] == turn.pairs()[-1][1] < len(turn.tokens[0]) - 1
 
 
 def test_several_turns(sides):
     """--completions dataset: every assistant turn, each aligned by itself; one cut short."""
-    ours, theirs = sides["byte-level 300"], sides["sentencepiece 500"]
-    spelled = token_bytes(ours), token_bytes(theirs)
+    ours, theirs = pair = common.Pair(sides["byte-level 300"], sides["sentencepiece 500"])
+    both = vocabularies(ours, theirs)
     talk = [conversation("What is 12?", "It is 3 * 4.", "And 🇩🇪?", "Germany, wirklich!")]
-    prompts = common.encode_for_both(talk, ours, theirs, 500)
-    (whole,), _ = common.dataset_examples(prompts, ours, theirs, 500)
-    found = turns(whole, *spelled)
-    texts = [b"".join(p).strip() for turn in found for p in turn.pieces]
+    (whole,), _ = common.dataset_examples(common.tokenize_prompts(talk, pair, 500), pair, 500)
+    found = turns(whole, both)
+    texts = [b"".join(tokens).strip() for turn in found for tokens in turn.tokens]
     first, second = b"It is 3 * 4." + END, b"Germany, wirklich!" + END
     assert texts == [first, first, second, second]
     assert [t.same for t in found] == [len(first), len(second)]
-    student, teacher, _ = whole
-    assert student.ids[student.targets[found[1].first[0]]] == found_id(ours, found[1].pieces[0][0])
-    cut = whole._replace(teacher=teacher._replace(targets=teacher.targets[: found[1].first[1] + 2]))
-    again = turns(cut, *spelled)
-    assert again[0] == found[0] and len(again[1].pieces[1]) == 2
+    student, teacher = whole.student, whole.teacher
+    (id_,) = both[0].ids[found[1].tokens[0][0]]
+    assert student.ids[student.targets[found[1].first[0]]] == id_
+    short = teacher._replace(targets=teacher.targets[: found[1].first[1] + 2])
+    again = turns(dataclasses.replace(whole, teacher=short), both)
+    assert again[0] == found[0] and len(again[1].tokens[1]) == 2
     assert again[1].pairs() == [p for p in found[1].pairs() if p[1] < 2]
 
 
-def found_id(model: SimpleNamespace, piece: bytes) -> int:
-    return token_bytes(model).index(piece)
+def test_bytes_read():
+    """A space that only one text begins with is part of what that model has read."""
+    turn = Turn((0, 0), ([b"a", b"ab", b"c"], [b" aab", b"c"]), ([0, 1, 3, 4], [0, 3, 4]), 4)
+    assert turn.pairs() == [(0, 0), (1, 0), (2, 1)]
+    assert [turn.bytes_read(*p) for p in turn.pairs()] == [(b"", b""), (b"", b" a"), (b"", b"")]
+    turn = Turn((0, 0), ([b"abc", b"d"], [b"ab", b"cd"]), ([0, 3, 4], [0, 2, 4]), 4)
+    assert [turn.bytes_read(*p) for p in turn.pairs()] == [(b"", b""), (b"ab", b""), (b"", b"c")]
+    assert turn.boundaries() == [(0, 0)]
 
 
 @pytest.mark.parametrize("name", ["byte-level 500", "sentencepiece 500", "characters 300"])
 def test_one_tokenizer_is_token_level(sides, name):
     """Target i against target i, all of them, and nothing inside a token."""
     model = sides[name]
-    examples = [example(model, model, text) for text in TEXTS if text]
-    objective = cross_tokenizer.Objective("hybrid", 2, 1.0, 0.0)
-    alignments = cross_tokenizer.Alignments(examples, model, model, objective)
+    examples = [example(model, model, text, i) for i, text in enumerate(filter(None, TEXTS))]
+    alignments = aligned(examples, model, model)
     for e in examples:
-        own = torch.arange(len(e.student.targets), dtype=torch.int32)
-        assert torch.equal(alignments.pairs[id(e)][:, :2], own[:, None].expand(-1, 2))
-        assert not alignments.pairs[id(e)][:, 2:].any()
+        targets = torch.arange(len(e.student.targets), dtype=torch.int32)
+        assert torch.equal(alignments.pairs[e.index][:, :2], targets[:, None].expand(-1, 2))
+        assert (alignments.pairs[e.index][:, 2] == BOUNDARY).all()
     numbers = alignments.report()
     assert set(numbers.values()) == {1.0}
 
@@ -291,49 +331,45 @@ def test_bytes_that_cannot_be_known(sides):
     upper = byte_level(300, [*SPECIAL, "<done>"])
     upper.normalizer = normalizers.Replace(Regex("[\\s\\S]"), "#")  # gives no text back
     pair = (wrapped(upper, False, "<done>"), sides["byte-level 300"])
-    objective = cross_tokenizer.Objective("hybrid", 2, 1.0, 0.0)
     with pytest.raises(common.UsageError, match="do not give the same text back"):
-        cross_tokenizer.Alignments([example(*pair, "abc")], *pair, objective)
+        aligned([example(*pair, "abc")], *pair)
 
 
 @pytest.mark.parametrize(("student", "teacher"), PAIRS[:1] + PAIRS[5:6])
 def test_what_is_compared_is_what_the_text_shows(sides, student, teacher):
-    """A pair's case follows from its places, and each token counts for itself in it."""
+    """A pair's case follows from its places, and both of its tokens have the same outcome."""
     ours, theirs = sides[student], sides[teacher]
     e = example(ours, theirs, "".join(TEXTS))
-    objective = cross_tokenizer.Objective("hybrid", 2, 1.0, 0.0)
-    alignments = cross_tokenizer.Alignments([e], ours, theirs, objective)
-    (turn,) = turns(e, *alignments.spelled)
-    pairs = alignments.pairs[id(e)].tolist()
+    alignments = aligned([e], ours, theirs)
+    (turn,) = turns(e, alignments.vocabularies)
+    pairs = [pair for pair in alignments.pairs[e.index].tolist() if pair[2] != UNMATCHED]
     assert len(pairs) > 0.8 * len(turn.pairs())
-    for i, j, case, w in pairs:
+    bytes_read = {number: read for read, number in alignments.numbers.items()}
+    for i, j, number in pairs:
         place, its = turn.begins[0][i], turn.begins[1][j]
-        token, other = (p[k] for p, k in zip(turn.pieces, (i, j), strict=True))
-        if case == cross_tokenizer.LEVEL:
-            classes = [
-                int(c[spelled.index(t)])
-                for c, spelled, t in zip(
-                    alignments.classes, alignments.spelled, (token, other), strict=True
-                )
-            ]
-            assert place == its and classes[0] == classes[1] > 0
+        token, counterpart = turn.tokens[0][i], turn.tokens[1][j]
+        context, read = alignments.contexts[number], bytes_read[number]
+        assert context.agrees(token, counterpart)
+        outcomes = context.outcomes[0][token], context.outcomes[1][counterpart]
+        assert outcomes[0] == outcomes[1] > REMAINDER
+        assert [len(part) for part in read] == [max(0, its - place), max(0, place - its)]
+        if number == BOUNDARY:
+            assert place == its
             continue
-        side = int(case == cross_tokenizer.STUDENT_INSIDE)
-        read = next(w_ for w_, n in alignments.inside[side].numbers.items() if n == w)
-        inside, outside = ((other, token), (token, other))[side]
-        assert len(read) == abs(place - its) and inside.startswith(read)
-        assert inside[len(read) :].startswith(outside)
+        inside, outside = (token, counterpart) if read[0] else (counterpart, token)
+        assert inside.startswith(max(read))
+        assert inside[len(max(read)) :].startswith(outside)
 
 
-def test_picture(sides):
-    """The example that is printed: one span above the other."""
-    e = example(sides["byte-level 300"], sides["characters 300"], "the e\u0301")
-    objective = cross_tokenizer.Objective("uld", 2, 1.0, 0.0)
+def test_summary(sides):
+    """The example that is printed, the student's tokens above the teacher's, and the numbers."""
     models_ = sides["byte-level 300"], sides["characters 300"]
-    student, teacher = cross_tokenizer.Alignments([e], *models_, objective).picture(e).split("\n")
+    e = example(*models_, "the e\u0301")
+    student, teacher, numbers = aligned([e], *models_, loss="uld").summary(e).split("\n")
     assert student.startswith("  student ") and teacher.startswith("  teacher t|h|e")
-    places = [[i for i, c in enumerate(row) if c == "¦"] for row in (student, teacher)]
+    places = [[i for i, c in enumerate(line) if c == "¦"] for line in (student, teacher)]
     assert places[0] == places[1] and student.endswith("<end>") and teacher.endswith("<end>")
+    assert numbers.startswith("alignment: vocabulary_overlap ")
 
 
 @pytest.mark.real
@@ -346,16 +382,9 @@ def test_picture(sides):
 def test_real_tokenizer(sides, name, teaches):
     """SmolLM2's, which splits digits, on either side of each kind."""
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "smollm2")
-    end_ids = [tokenizer.eos_token_id]
-    real = SimpleNamespace(
-        tokenizer=tokenizer, name="smollm2", vocabulary=len(tokenizer), end_ids=end_ids,
-        end_id=end_ids[0], device=torch.device("cpu"),
-    )  # fmt: skip
+    real = without_weights("smollm2", tokenizer, tokenizer.eos_token_id)
     pair = (sides[name], real) if teaches else (real, sides[name])
-    spelled = [token_bytes(m) for m in pair]
-    examples = [example(*pair, text) for text in TEXTS]
+    examples = [example(*pair, text, i) for i, text in enumerate(TEXTS)]
     for e in examples:
-        assert_covers(e, *spelled)
-    objective = cross_tokenizer.Objective("hybrid", 2, 1.0, 0.0)
-    numbers = cross_tokenizer.Alignments(examples, *pair, objective).report()
-    assert numbers["compared_tokens"] > 0.7
+        assert_covers(e, vocabularies(*pair))
+    assert aligned(examples, *pair).report()["compared_tokens"] > 0.7

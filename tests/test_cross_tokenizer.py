@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, wait_for
 from safetensors.torch import load_file
-from test_alignment import SPECIAL, TEXTS, byte_level, example, wrapped
+from test_alignment import SPECIAL, TEXTS, as_example, byte_level, example, wrapped
 from torch import Tensor
 
 import common
 import cross_tokenizer
-from cross_tokenizer import END, Alignments, Objective, _PiecewiseLoss
+from common import Example, Head, LanguageModel, Pair
+from cross_tokenizer import (
+    BOUNDARY,
+    END,
+    LEFT_OUT,
+    REMAINDER,
+    UNMATCHED,
+    Alignments,
+    Context,
+    CrossTokenizerLoss,
+    Objective,
+    Vocabulary,
+)
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
-def coarse_and_fine() -> list[SimpleNamespace]:
-    """Two that merge differently, so that not every token begins one of the other's."""
+def coarse_and_fine() -> list[LanguageModel]:
+    """Two that merge differently, so that not every token is a prefix of one of the other's."""
     return [
         wrapped(byte_level(size, [*SPECIAL, end], texts), False, end)
         for size, end, texts in (
@@ -38,27 +51,39 @@ def coarse_and_fine() -> list[SimpleNamespace]:
     ]
 
 
-def random_side(model: SimpleNamespace, tokens: int, seed: int) -> tuple[Tensor, common.Head]:
-    """States and a head with bias and softcap, whose logits make peaked distributions."""
+def random_side(model: LanguageModel, tokens: int, seed: int) -> tuple[Tensor, Head]:
+    """Hidden states and a head with bias and softcap, whose logits make peaked distributions."""
     generator = torch.Generator().manual_seed(seed)
     sizes = (tokens, 8), (model.vocabulary, 8), (model.vocabulary,)
     states, weight, bias = (
         torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes
     )
-    return states, common.Head(weight, bias, 0.5, 4.0)
+    return states, Head(weight, bias, 0.5, 4.0)
 
 
 def value_and_gradients(
-    states: Tensor, head: common.Head, alignments: Alignments, examples: list[common.Example],
-    theirs: Tensor, teacher: common.Head,
+    hidden: Tensor, head: Head, alignments: Alignments, examples: list[Example],
+    theirs: Tensor, teacher: Head,
 ) -> list[Tensor]:  # fmt: skip
-    leaves = [t.clone().requires_grad_() for t in (states, head.weight, head.bias)]
-    loss, sums = _PiecewiseLoss.apply(
-        *leaves, head, theirs, teacher, alignments(examples), alignments
+    """Sums of loss and divergence, and the gradients of hidden states, weight and bias."""
+    leaves = [t.clone().requires_grad_() for t in (hidden, head.weight, head.bias)]
+    student = SimpleNamespace(
+        model=None, hidden_states=lambda _: leaves[0], head=lambda: Head(*leaves[1:], *head[2:])
     )
+    pieces = alignments(examples)
+    rows = [i for piece in pieces for i in range(len(hidden))[piece.rows]]
+    assert rows == list(range(len(hidden)))  # every row in one piece
+    ids = [e.student.ids[p] for e in examples for p in e.student.targets]
+    batch = common.Batch(None, None, None, torch.tensor(ids, dtype=torch.long))
+    loss, sums = CrossTokenizerLoss(student, teacher, alignments)(batch, theirs, pieces)
     loss.backward()
     assert sums[0] == loss
     return [sums, *(leaf.grad for leaf in leaves)]
+
+
+def pieces_of(tokens: int) -> Callable[..., list[slice]]:
+    """In the place of `common.chunks`: pieces of as many tokens as this says."""
+    return lambda n, *_: [slice(i, min(i + tokens, n)) for i in range(0, n, tokens)]
 
 
 def xlogy_sum(target: dict[int, Tensor], dist: dict[int, Tensor]) -> Tensor:
@@ -81,7 +106,7 @@ def summed(probabilities: Tensor, names: list[object]) -> dict[object, Tensor]:
 
 
 def goes_on(spelled: list[bytes], other: list[bytes], w: bytes) -> list[bytes | None]:
-    """What each token of a model that has read w stands for: b"" is a stop, None not possible."""
+    """The outcome of each token of a model that has read w: b"" is a stop, None not possible."""
     return [
         b"" if t == w else begun_by(t[len(w) :], other) or None if t.startswith(w) else None
         for t in spelled
@@ -91,7 +116,11 @@ def goes_on(spelled: list[bytes], other: list[bytes], w: bytes) -> list[bytes | 
 Spelled = tuple[list[bytes], list[bytes]]
 
 
-def tokens_and_places(example: common.Example, spelled: Spelled) -> tuple[list, list]:
+def sides_of(examples: list[Example]) -> tuple[list[common.Tokens], list[common.Tokens]]:
+    return [e.student for e in examples], [e.teacher for e in examples]
+
+
+def tokens_and_places(example: Example, spelled: Spelled) -> tuple[list, list]:
     pieces = [
         [side[t.ids[p]] for p in t.targets]
         for side, t in zip(spelled, (example.student, example.teacher), strict=True)
@@ -99,8 +128,8 @@ def tokens_and_places(example: common.Example, spelled: Spelled) -> tuple[list, 
     return pieces, [[sum(map(len, p[:k])) for k in range(len(p))] for p in pieces]
 
 
-def plain_names(spelled: Spelled, starts: list[tuple[bytes, bytes]]) -> list[bytes]:
-    """The names that no text contradicts, one taken out at a time, in whatever order."""
+def plain_prefixes(spelled: Spelled, starts: list[tuple[bytes, bytes]]) -> list[bytes]:
+    """The shared prefixes that no text contradicts, removed one at a time, in any order."""
     ours, theirs = (set(side) - {b""} for side in spelled)
     names = [t for t in ours if any(o.startswith(t) for o in theirs)]
     names += [t for t in theirs if any(o.startswith(t) for o in ours)]
@@ -118,7 +147,7 @@ def plain_names(spelled: Spelled, starts: list[tuple[bytes, bytes]]) -> list[byt
     return sorted(set(names))
 
 
-def starts_of(examples: list[common.Example], spelled: Spelled) -> list[tuple[bytes, bytes]]:
+def starts_of(examples: list[Example], spelled: Spelled) -> list[tuple[bytes, bytes]]:
     found = set()
     for pieces, begins in (tokens_and_places(e, spelled) for e in examples):
         sides = [dict(zip(b, p, strict=True)) for p, b in zip(pieces, begins, strict=True)]
@@ -127,9 +156,9 @@ def starts_of(examples: list[common.Example], spelled: Spelled) -> list[tuple[by
 
 
 def plain_hybrid(
-    ours: Tensor, theirs: Tensor, example: common.Example, spelled: Spelled, named: list[bytes]
+    ours: Tensor, theirs: Tensor, example: Example, spelled: Spelled, named: list[bytes]
 ) -> tuple[Tensor, set[int]]:
-    """The docstring of the script, word for word, over dictionaries; and the tokens compared."""
+    """The docstring of the script as it says, over dictionaries; and the tokens compared."""
     pieces, begins = tokens_and_places(example, spelled)
     classes = [[begun_by(t, named) for t in side] for side in spelled]
     total, compared = torch.zeros((), dtype=torch.float64), set()
@@ -171,16 +200,17 @@ def plain_hybrid(
 def test_hybrid_is_its_definition(coarse_and_fine, student_is, temperature, monkeypatch):
     """Value and gradients, in pieces of 11 tokens, against autograd over whole arrays."""
     teacher, student = coarse_and_fine if student_is == "finer" else coarse_and_fine[::-1]
-    examples = [example(student, teacher, text) for text in (TEXTS[1], TEXTS[9], "abc 2024")]
+    texts = TEXTS[1], TEXTS[9], "abc 2024"
+    examples = [example(student, teacher, text, i) for i, text in enumerate(texts)]
     objective = Objective("hybrid", 2, temperature, 0.25)
-    alignments = Alignments(examples, student, teacher, objective)
-    counts = [sum(len(e[side].targets) for e in examples) for side in (0, 1)]
-    states, head = random_side(student, counts[0], 0)
+    alignments = Alignments(examples, Pair(student, teacher), objective)
+    counts = [sum(len(side.targets) for side in sides) for sides in sides_of(examples)]
+    hidden, head = random_side(student, counts[0], 0)
     theirs, teacher_head = random_side(teacher, counts[1], 1)
-    monkeypatch.setattr(common, "chunk_rows", lambda *_: 11)
-    found = value_and_gradients(states, head, alignments, examples, theirs, teacher_head)
+    monkeypatch.setattr(common, "chunks", pieces_of(11))
+    found = value_and_gradients(hidden, head, alignments, examples, theirs, teacher_head)
 
-    leaves = [t.clone().requires_grad_() for t in (states, head.weight, head.bias)]
+    leaves = [t.clone().requires_grad_() for t in (hidden, head.weight, head.bias)]
     plain = head._replace(weight=leaves[1], bias=leaves[2])
     ours, likely = (
         common.softmax_with_temperature(plain.logits(leaves[0]), t) for t in (temperature, 1.0)
@@ -188,18 +218,21 @@ def test_hybrid_is_its_definition(coarse_and_fine, student_is, temperature, monk
     taught = common.softmax_with_temperature(teacher_head.logits(theirs), temperature)
     divergence, rest, ce = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     n = m = inside = 0
-    named = plain_names(alignments.spelled, starts_of(examples, alignments.spelled))
+    spelled = tuple(vocabulary.tokens for vocabulary in alignments.vocabularies)
+    named = plain_prefixes(spelled, starts_of(examples, spelled))
     for e in examples:
         (ids, targets), its = e.student, len(e.teacher.targets)
         parts = ours[n : n + len(targets)], taught[m : m + its]
-        value, compared = plain_hybrid(*parts, e, alignments.spelled, named)
+        value, compared = plain_hybrid(*parts, e, spelled, named)
         divergence = divergence + value
         for k, p in enumerate(targets):
             nats = -likely[n + k, ids[p]].log()
             ce = ce + nats
             rest = rest + (0 if k in compared else nats)
         n, m = n + len(targets), m + its
-        inside += int((alignments.pairs[id(e)][:, 2] > 0).sum())
+        contexts = alignments.pairs[e.index][:, 2]
+        inside += int((contexts > BOUNDARY).sum())
+        assert int((contexts == UNMATCHED).sum()) == len(targets) - len(compared)
     assert inside > 10 and rest > 0
     loss = temperature**2 * divergence + rest + 0.25 * ce
     loss.backward()
@@ -208,7 +241,7 @@ def test_hybrid_is_its_definition(coarse_and_fine, student_is, temperature, monk
         torch.testing.assert_close(gradient, leaf.grad)
 
 
-def test_names():
+def test_shared_prefixes():
     """Against their definition, on random vocabularies and the starts of random texts."""
     draw = random.Random(0)
     contradicted = alone = 0
@@ -222,18 +255,18 @@ def test_names():
             text = bytes(draw.choices(b"ab", k=6))
             begun = ([t for t in side if t and text.startswith(t)] for side in vocabularies)
             starts.append(tuple(draw.choice(tokens) for tokens in begun))
-        named = plain_names(vocabularies, starts)
-        found = cross_tokenizer.common_names(*vocabularies, set(starts))
-        assert list(found) == [b"", *named] and list(found.values()) == list(range(len(found)))
-        contradicted += len(plain_names(vocabularies, [])) - len(named)
+        named = plain_prefixes(vocabularies, starts)
+        found = cross_tokenizer.shared_prefixes(*vocabularies, set(starts))
+        assert found == {b"", *named}
+        contradicted += len(plain_prefixes(vocabularies, [])) - len(named)
         alone += sum(begun_by(a, named) != begun_by(b, named) for a, b in starts)
     assert contradicted > 50 and alone > 50
 
 
-def test_names_keep_phonemes_apart():
-    """` AH` and ` AY`, tokens of the embedded student alone, do not both count for ` A`.
+def test_phonemes_are_kept_apart():
+    """` AH` and ` AY`, tokens of the embedded student alone, are not both mapped to ` A`.
 
-    They did, when only tokens of both vocabularies were names, and the choice was never taught.
+    They were when only tokens of both vocabularies were shared, and the choice was never taught.
     """
     student, teacher = (
         wrapped(common.load_tokenizer(str(common.DATA / name), "main", None).backend_tokenizer,
@@ -241,35 +274,38 @@ def test_names_keep_phonemes_apart():
         for name in ("student_other_tokenizer", "teacher")
     )  # fmt: skip
     texts = ["K AH1 T", "K AY1 T", "B EH1 L EY0", "S IH1 T IY0", "UH0 OY1"]
-    examples = [example(student, teacher, text) for text in texts]
-    alignments = Alignments(examples, student, teacher, Objective("hybrid", 2, 1.0, 0.0))
+    examples = [example(student, teacher, text, i) for i, text in enumerate(texts)]
+    objective = Objective("hybrid", 2, 1.0, 0.0)
+    alignments = Alignments(examples, Pair(student, teacher), objective)
     written = {e.student.ids[p] for e in examples for p in e.student.targets}
-    counted = alignments.classes[0][sorted(written)].tolist()
-    assert len(set(counted)) == len(written) and 0 not in counted
+    (outcomes,) = alignments.outcomes([BOUNDARY], 0)
+    mapped = outcomes[sorted(written)].tolist()
+    assert len(set(mapped)) == len(written) and not {LEFT_OUT, REMAINDER} & set(mapped)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
 def test_uld_is_its_definition(coarse_and_fine, temperature, monkeypatch):
     student, teacher = coarse_and_fine
-    examples = [example(student, teacher, text) for text in TEXTS[1:4]]
+    examples = [example(student, teacher, text, i) for i, text in enumerate(TEXTS[1:4])]
     top_k, ce_weight = 5, 0.5
     objective = Objective("uld", top_k, temperature, ce_weight)
-    alignments = Alignments(examples, student, teacher, objective)
-    counts = [sum(len(e[side].targets) for e in examples) for side in (0, 1)]
-    states, head = random_side(student, counts[0], 0)
+    alignments = Alignments(examples, Pair(student, teacher), objective)
+    counts = [sum(len(side.targets) for side in sides) for sides in sides_of(examples)]
+    hidden, head = random_side(student, counts[0], 0)
     theirs, teacher_head = random_side(teacher, counts[1], 1)
-    monkeypatch.setattr(common, "chunk_rows", lambda *_: 7)
-    found = value_and_gradients(states, head, alignments, examples, theirs, teacher_head)
+    monkeypatch.setattr(common, "chunks", pieces_of(7))
+    found = value_and_gradients(hidden, head, alignments, examples, theirs, teacher_head)
 
-    leaves = [t.clone().requires_grad_() for t in (states, head.weight, head.bias)]
+    leaves = [t.clone().requires_grad_() for t in (hidden, head.weight, head.bias)]
     logits = head._replace(weight=leaves[1], bias=leaves[2]).logits(leaves[0])
     ours = (logits / temperature).softmax(-1)
     taught = (teacher_head.logits(theirs) / temperature).softmax(-1)
     divergence, ce, n, m = 0, 0, 0, 0
     for e in examples:
         begins = []
-        for spelled, (ids, targets) in zip(alignments.spelled, e[:2], strict=True):
-            lengths = [len(spelled[ids[p]]) for p in targets]
+        sides = zip(alignments.vocabularies, (e.student, e.teacher), strict=True)
+        for vocabulary, (ids, targets) in sides:
+            lengths = [len(vocabulary.tokens[ids[p]]) for p in targets]
             begins.append([sum(lengths[:k]) for k in range(len(lengths))])
         for i, place in enumerate(begins[0]):
             j = min(range(len(begins[1])), key=lambda k: (abs(begins[1][k] - place), -k))
@@ -291,37 +327,52 @@ def test_uld_is_its_definition(coarse_and_fine, temperature, monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_one_vocabulary_is_token_level(tiny, kind, temperature):
     """Same tokenizer on both sides: token_level's forward KL and its gradients, in float32."""
-    student, teacher = tiny(kind, 0), tiny("llama", 1)
+    student, teacher = pair = Pair(tiny(kind, 0), tiny("llama", 1))
     texts = ["N AA1 L AH0 JH", "K AO1 R T SH IH0 P", "the theory of it"]
     examples = []
-    for text in texts:
-        prompt = common.tokenize(student.tokenizer, "<|user|>word<|end|><|assistant|>").ids
-        ids = common.tokenize(student.tokenizer, text + "<|end|>").ids
-        tokens = common.with_response(prompt, ids)
-        examples.append(common.Example(tokens, tokens, "here"))
+    for i, text in enumerate(texts):
+        parts = "<|user|>word<|end|><|assistant|>", text + "<|end|>"
+        prompt, response = (common.tokenize(student.tokenizer, part)[0] for part in parts)
+        ids = prompt + response
+        tokens = common.Tokens(ids, list(range(len(prompt), len(ids))))
+        examples.append(as_example(tokens, tokens, i))
     batch = common.collate([e.student for e in examples], torch.device("cpu"))
-    theirs = common.teacher_states(teacher, batch)
-    alignments = Alignments(examples, student, teacher, Objective("hybrid", 2, temperature, 0.0))
-    module = cross_tokenizer.CrossTokenizerLoss(student, teacher.head(), alignments)
+    theirs = common.teacher_hidden_states(teacher, examples)
+    alignments = Alignments(examples, pair, Objective("hybrid", 2, temperature, 0.0))
+    module = CrossTokenizerLoss(student, teacher.head(), alignments)
     results = []
     for crossing in (True, False):
         student.model.zero_grad()
         if crossing:
             loss, sums = module(batch, theirs, alignments(examples))
-            divergence = sums[1]
         else:
             loss, sums = common.distillation_loss(
-                student.states(batch), student.head(), batch.targets,
+                student.hidden_states(batch), student.head(), batch.targets,
                 common.Objective(temperature=temperature), theirs, teacher.head(),
             )  # fmt: skip
-            divergence = sums[0]
         loss.backward()
         gradients = [p.grad.clone() for p in student.model.parameters() if p.grad is not None]
-        results.append([loss.detach(), divergence, *gradients])
+        results.append([loss.detach(), sums, *gradients])
     per_token = [r[0].item() / len(batch.targets) for r in results]
     assert per_token[0] == pytest.approx(per_token[1], abs=1e-6)
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def context_kl(
+    theirs: Tensor, ours: Tensor, context: Context, vocabularies: list[Vocabulary]
+) -> Tensor:
+    """KL(teacher ‖ student) over a context's outcomes, from whole distributions (V,) of tokens."""
+    sums = []
+    for side, p in enumerate((ours, theirs)):
+        outcomes = [
+            context.outcomes[side].get(token, context.default[side])
+            for token in vocabularies[side].tokens
+        ]
+        sums.append(
+            cross_tokenizer.sum_by_outcome(p[None], torch.tensor([outcomes]), context.count)
+        )
+    return cross_tokenizer.kl(sums[1], sums[0])
 
 
 def test_chain_rule():
@@ -331,31 +382,21 @@ def test_chain_rule():
     and the same text in the student's tokens, expected over the teacher's token, is what the two
     cases add up to; so nothing is lost, and a student that agrees has loss 0.
     """
-    spelled = [b"A", b"0", b"1", b"B"], [b"A", b"A0", b"A1", b"B"]
+    vocabularies = [Vocabulary([b"A", b"0", b"1", b"B"]), Vocabulary([b"A", b"A0", b"A1", b"B"])]
     generator = torch.Generator().manual_seed(0)
     first, after = torch.rand(2, 4, generator=generator, dtype=torch.float64).log_softmax(-1)
     teacher = torch.tensor([0.1, 0.3, 0.2, 0.4], dtype=torch.float64)
-    inside = cross_tokenizer.Continuations(spelled[1], spelled[0])
-    w = inside.number(b"A")
-    tables = inside.tables(torch.device("cpu"))
-    row = torch.tensor([0])
-    pairs = cross_tokenizer.Pairs(row, row, torch.tensor([w]), (3, 2))
-    ours, theirs = first.exp()[None], teacher[None]
-    classes = torch.tensor([1, 0, 0, 2]), torch.tensor([1, 1, 1, 2])
-    level = cross_tokenizer.kl(
-        *(
-            cross_tokenizer.class_probabilities(p, c, 3)
-            for p, c in ((theirs, classes[1]), (ours, classes[0]))
-        )
-    )
-    going_on = cross_tokenizer.kl(
-        *cross_tokenizer.continuations(theirs, after.exp()[None], (row, row), pairs, tables)
-    )
+    prefixes = cross_tokenizer.shared_prefixes(*(v.ids for v in vocabularies), set())
+    assert prefixes == {b"", b"A", b"B"}
+    boundary = cross_tokenizer.boundary_context(*vocabularies, prefixes)
+    inside = cross_tokenizer.inside_context(*vocabularies, (b"", b"A"))
+    both_begin = context_kl(teacher, first.exp(), boundary, vocabularies)
+    going_on = context_kl(teacher, after.exp(), inside, vocabularies)
     begins_with_a = teacher[:3].sum()
     stop = 1 - after[1].exp() - after[2].exp()
-    own = [first[0].exp() * stop, *(first[0] + after[1:3]).exp(), first[3].exp()]
-    whole = (teacher * (teacher / torch.stack(own)).log()).sum()
-    torch.testing.assert_close(level + begins_with_a * going_on, whole)
+    ours = [first[0].exp() * stop, *(first[0] + after[1:3]).exp(), first[3].exp()]
+    whole = (teacher * (teacher / torch.stack(ours)).log()).sum()
+    torch.testing.assert_close(both_begin + begins_with_a * going_on, whole)
 
 
 def test_zeros_and_empty_batches(coarse_and_fine):
@@ -363,37 +404,39 @@ def test_zeros_and_empty_batches(coarse_and_fine):
     student, teacher = coarse_and_fine
     e = example(student, teacher, TEXTS[0])
     for loss in ("hybrid", "uld"):
-        alignments = Alignments([e], student, teacher, Objective(loss, 4, 1.0, 0.0))
+        alignments = Alignments([e], Pair(student, teacher), Objective(loss, 4, 1.0, 0.0))
         counts = len(e.student.targets), len(e.teacher.targets)
-        states, head = random_side(student, counts[0], 0)
+        hidden, head = random_side(student, counts[0], 0)
         theirs, teacher_head = random_side(teacher, counts[1], 1)
         sharp = head._replace(scale=500.0, softcap=None)
-        both = (states.float(), sharp._replace(weight=head.weight.float(), bias=head.bias.float()))
+        both = (hidden.float(), sharp._replace(weight=head.weight.float(), bias=head.bias.float()))
         found = value_and_gradients(*both, alignments, [e], theirs.float(), teacher_head)
         assert all(t.isfinite().all() for t in found) and found[0][1] > 1
-        empty = value_and_gradients(states[:0], head, alignments, [], theirs[:0], teacher_head)
+        empty = value_and_gradients(hidden[:0], head, alignments, [], theirs[:0], teacher_head)
         assert not any(t.any() for t in empty)
 
 
 def test_examples_without_a_side(coarse_and_fine):
-    """A side that a long prompt has cut to nothing: the text alone teaches, or nobody."""
+    """A side that a long prompt has cut to nothing: only cross-entropy is left, or nothing."""
     student, teacher = coarse_and_fine
     whole = example(student, teacher, TEXTS[0])
-    bare = whole._replace(teacher=common.Tokens(whole.teacher.ids[:4], []))
-    silent = whole._replace(student=common.Tokens(whole.student.ids[:4], []))
+    cut = [common.Tokens(side.ids[:4], []) for side in (whole.student, whole.teacher)]
+    bare = dataclasses.replace(whole, index=1, teacher=cut[1])
+    silent = dataclasses.replace(whole, index=2, student=cut[0])
     for loss in ("hybrid", "uld"):
         examples = [bare, whole, silent]
-        alignments = Alignments(examples, student, teacher, Objective(loss, 4, 1.0, 1.0))
+        objective = Objective(loss, 4, 1.0, 1.0)
+        alignments = Alignments(examples, Pair(student, teacher), objective)
         count = len(whole.student.targets)
-        states, head = random_side(student, 2 * count, 0)
+        hidden, head = random_side(student, 2 * count, 0)
         theirs, teacher_head = random_side(teacher, 2 * len(whole.teacher.targets), 1)
         given = (theirs, teacher_head)
-        together = value_and_gradients(states, head, alignments, examples, *given)[0]
-        own = value_and_gradients(states[count:], head, alignments, [whole], *given)[0]
-        likely = head.logits(states[:count]).log_softmax(-1)
+        together = value_and_gradients(hidden, head, alignments, examples, *given)[0]
+        alone = value_and_gradients(hidden[count:], head, alignments, [whole], *given)[0]
+        likely = head.logits(hidden[:count]).log_softmax(-1)
         ids = torch.tensor([whole.student.ids[p] for p in whole.student.targets])
         ce = -likely.gather(1, ids[:, None]).sum()
-        torch.testing.assert_close(together[0], own[0] + (2 if loss == "hybrid" else 1) * ce)
+        torch.testing.assert_close(together[0], alone[0] + (2 if loss == "hybrid" else 1) * ce)
 
 
 # ------------------------------------------------------------------------------- the whole script
@@ -430,9 +473,9 @@ def test_student_learns_on_held_out_words(hybrid):
     assert "kl_to_teacher" not in after and "top1_agreement" not in results["gap_recovered"]
     steps = [line for line in lines if "train/loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 81))
-    assert all(s["train/loss"] == pytest.approx(s["train/kl"]) for s in steps)  # none stands alone
-    own = [s["train/kl"] for s in steps]
-    assert sum(own[-10:]) < 0.8 * sum(own[:10])
+    assert all(s["train/loss"] == pytest.approx(s["train/kl"]) for s in steps)  # all are compared
+    kl = [s["train/kl"] for s in steps]
+    assert sum(kl[-10:]) < 0.8 * sum(kl[:10])
 
 
 def test_alignment_is_reported(hybrid):
@@ -459,7 +502,7 @@ def test_alignment_is_reported(hybrid):
 
 
 def test_uld_with_cross_entropy(workplace, hybrid):
-    """It finds the teacher's text and states, and weighs cross-entropy with 1."""
+    """It reads the teacher's text and hidden states from the cache; cross-entropy has weight 1."""
     cache = sorted((workplace / "runs" / "cache").rglob("*.*"))
     sizes = [p.stat().st_size for p in cache]
     flags = ("--loss", "uld", "--max-steps", "25", "--warmup-steps", "5")
@@ -490,9 +533,7 @@ def test_killed_and_resumed(workplace, hybrid, tmp_path):
     process = subprocess.Popen(
         command, cwd=tmp_path, env={**os.environ, **ONE_THREAD}, stdout=subprocess.DEVNULL
     )
-    while not (tmp_path / "cut" / "checkpoints" / "step-000020").exists():
-        assert process.poll() is None
-        time.sleep(0.002)
+    assert wait_for(process, (tmp_path / "cut/checkpoints/step-000020/state.json").exists)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "cut" / "results.json").exists()
@@ -509,9 +550,17 @@ def test_killed_and_resumed(workplace, hybrid, tmp_path):
     assert steps[0] == steps[1] and len(steps[0]) == 60
 
 
-@pytest.mark.parametrize("top_k", ["401", "1"])
-def test_top_k_must_fit(workplace, top_k):
-    done = run_script("cross_tokenizer.py", "--loss", "uld", "--top-k", top_k, cwd=workplace)
+def test_top_k_must_fit(workplace):
+    flags = "--loss", "uld", "--top-k", "401"
+    done = run_script("cross_tokenizer.py", *flags, cwd=workplace)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"--top-k {top_k} must be at least 2 and at most 400" in done.stderr
+    assert "--top-k 401 must be at least 2 and at most 400" in done.stderr
     assert "student_other_tokenizer" in done.stderr and done.stderr.count("\n") == 1
+    sides = [SimpleNamespace(vocabulary=size, name=f"model {size}") for size in (400, 300)]
+    for top_k, fits in ((1, False), (2, True), (300, True), (301, False)):
+        args = cross_tokenizer.Arguments(loss="uld", top_k=top_k)
+        if fits:
+            assert args.objective(Pair(*sides)) == Objective("uld", top_k, 1.0, 1.0)
+        else:
+            with pytest.raises(common.UsageError, match=f"{top_k} must .* 300, the .* model 300"):
+                args.objective(Pair(*sides))
