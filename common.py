@@ -481,10 +481,14 @@ class Logits:
         return Logits(self.hidden, self.head.cast(self.hidden.dtype, self.hidden.device))
 
     def chunks(self) -> list[slice]:
-        """Rows whose logits exist at one time; on a CPU those should stay near the caches."""
-        tokens, elements = len(self.hidden), 2**23 if self.hidden.device.type == "cpu" else 2**26
-        size = max(16, elements // len(self.head.weight))
-        return [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]
+        """Rows whose logits exist at one time."""
+        return chunks(len(self.hidden), len(self.head.weight), self.hidden.device)
+
+
+def chunks(tokens: int, width: int, device: torch.device) -> list[slice]:
+    """Rows of a (tokens, width) array in parts that on a CPU stay near the caches."""
+    size = max(16, (2**23 if device.type == "cpu" else 2**26) // width)
+    return [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]
 
 
 @dataclass

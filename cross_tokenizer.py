@@ -57,7 +57,7 @@ from torch import Tensor, nn
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import common
-from common import Batch, CommonArguments, Example, Head, LanguageModel, Pair, UsageError, flag
+from common import Batch, CommonArguments, Example, Head, LanguageModel, Logits, Pair, flag
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Arguments(CommonArguments):
         """The loss and its weights; `UsageError` if --top-k does not fit the vocabularies."""
         smallest = min(pair, key=lambda model: model.vocabulary)
         if not 2 <= self.top_k <= smallest.vocabulary:
-            raise UsageError(
+            raise common.UsageError(
                 f"--top-k {self.top_k} must be at least 2 and at most {smallest.vocabulary}, the "
                 f"vocabulary of {smallest.name}"
             )
@@ -114,7 +114,7 @@ def token_bytes(model: LanguageModel) -> list[bytes]:
     steps = {step["type"] for step in config.get("decoders", [config])}
     byte_level = "ByteLevel" in steps
     if not byte_level and not steps & {"ByteFallback", "Metaspace"} and steps != {"Fuse"}:
-        raise UsageError(
+        raise common.UsageError(
             f"{model.name}: its tokenizer decodes by {', '.join(sorted(steps))}, which does not "
             "tell the bytes that a token stands for: use sequence_level.py"
         )
@@ -365,7 +365,7 @@ class Alignments:
         self.totals: Counter[str] = Counter()
         self.pairs = {example.index: self._align(example) for example in examples}
         if not self.totals["compared"]:
-            raise UsageError(
+            raise common.UsageError(
                 f"no token of {pair.student.name} can be compared with one of {pair.teacher.name}: "
                 "their tokenizers do not give the same text back"
             )
@@ -533,20 +533,18 @@ class CrossTokenizerLoss(nn.Module):
 
         `teacher_hidden` (M, d) are the teacher's hidden states at its own M targets of the text.
         """
-        hidden, head = self.student.hidden_states(batch), self.student.head()
-        teacher = self.teacher_head.cast(teacher_hidden.dtype, teacher_hidden.device)
+        teacher = Logits(teacher_hidden, self.teacher_head).cast()
 
         def loss_and_gradient(logits: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
-            teacher_logits = teacher.logits(teacher_hidden[piece.teacher_rows])
-            targets = batch.targets[piece.rows]
+            theirs, targets = teacher[piece.teacher_rows], batch.targets[piece.rows]
             with torch.enable_grad():
                 logits.requires_grad_()
-                parts = piece_loss(logits, teacher_logits, targets, piece.pairs, self.alignments)
+                parts = piece_loss(logits, theirs, targets, piece.pairs, self.alignments)
             (gradient,) = torch.autograd.grad(parts[0], logits)
             return torch.stack(parts).detach(), gradient
 
         rows = [(piece.rows, piece) for piece in pieces]
-        return common.chunked_loss(hidden, head, rows, loss_and_gradient)
+        return common.chunked_loss(self.student.logits(batch), rows, loss_and_gradient)
 
 
 def main(args: Arguments) -> None:
@@ -561,17 +559,16 @@ def main(args: Arguments) -> None:
     alignments = Alignments(examples, pair, objective)
     accelerator.print(alignments.summary(examples[0]))
     evaluator = common.Evaluator(evaluation, pair, args)
-    teacher_hidden = common.TeacherHiddenStates(teacher, examples, args, "training text")
+    teacher_hidden = common.TeacherHiddenStates(teacher, examples, "training text")
     if args.cache_teacher:
         teacher.unload()  # its head and hidden states are all that training needs
-    run = common.Run("cross_tokenizer", args, accelerator)
-    before = run.evaluate_before(evaluator, student)
+    run = common.Run("cross_tokenizer", args, accelerator, evaluator)
 
     module = CrossTokenizerLoss(student, teacher.head(), alignments)
     module, optimizer = accelerator.prepare(module, common.make_optimizer(module, args))
     steps = common.total_steps(args, len(examples))
-    for step in range(run.resume(steps, student), steps):
-        common.begin_step(step, steps, optimizer, args)
+    for step in range(run.resume(steps), steps):
+        run.begin(step, optimizer)
         batch = common.global_batch(examples, args, step)
         micro_batches, tokens = common.split_micro_batches(batch, args)
         sums = 0.0
@@ -591,9 +588,9 @@ def main(args: Arguments) -> None:
         lr = optimizer.param_groups[0]["lr"]
         numbers = {"train/loss": loss, "train/kl": kl, "optim/lr": lr, "optim/grad_norm": norm}
         run.log(step + 1, tokens, numbers, micro_batches)
-        run.evaluate(step + 1, evaluator, student)
+        run.evaluate(step + 1)
         run.save(step + 1)
-    run.finish(student, before, evaluator, alignment=alignments.report())
+    run.finish(alignment=alignments.report())
 
 
 if __name__ == "__main__":

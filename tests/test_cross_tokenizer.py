@@ -67,9 +67,8 @@ def value_and_gradients(
 ) -> list[Tensor]:  # fmt: skip
     """Sums of loss and divergence, and the gradients of hidden states, weight and bias."""
     leaves = [t.clone().requires_grad_() for t in (hidden, head.weight, head.bias)]
-    student = SimpleNamespace(
-        model=None, hidden_states=lambda _: leaves[0], head=lambda: Head(*leaves[1:], *head[2:])
-    )
+    logits = common.Logits(leaves[0], Head(*leaves[1:], *head[2:]))
+    student = SimpleNamespace(model=None, logits=lambda _: logits)
     pieces = alignments(examples)
     rows = [i for piece in pieces for i in range(len(hidden))[piece.rows]]
     assert rows == list(range(len(hidden)))  # every row in one piece
@@ -346,9 +345,10 @@ def test_one_vocabulary_is_token_level(tiny, kind, temperature):
         if crossing:
             loss, sums = module(batch, theirs, alignments(examples))
         else:
+            objective = common.Objective(temperature=temperature)
             loss, sums = common.distillation_loss(
-                student.hidden_states(batch), student.head(), batch.targets,
-                common.Objective(temperature=temperature), theirs, teacher.head(),
+                student.logits(batch), batch.targets, objective,
+                common.Logits(theirs, teacher.head()),
             )  # fmt: skip
         loss.backward()
         gradients = [p.grad.clone() for p in student.model.parameters() if p.grad is not None]
