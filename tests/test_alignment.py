@@ -254,7 +254,7 @@ def test_random_unicode(sides):
 
 
 def test_cut_responses_have_no_end_on_either_side(sides):
-    """Cut inside a character on one side: what both have read is compared, and no more."""
+    """Cut inside a character on one side: only the text that both have read is compared."""
     ours, theirs = sides["byte-level 300"], sides["sentencepiece 500"]
     both = vocabularies(ours, theirs)
     pair = [encoded(m, "the theory 𝄞", end=False) for m in (ours, theirs)]
@@ -361,6 +361,18 @@ def test_what_is_compared_is_what_the_text_shows(sides, student, teacher):
         assert inside[len(max(read)) :].startswith(outside)
 
 
+def test_ids_with_the_same_bytes(sides):
+    """A character and its byte token (SentencePiece) have the same outcome in every context."""
+    models_ = sides["byte-level 300"], sides["sentencepiece 500"]
+    examples = [example(*models_, text, i) for i, text in enumerate(TEXTS)]
+    alignments = aligned(examples, *models_)
+    outcomes = alignments.outcomes(list(range(len(alignments.contexts))), 1)
+    equal = [ids for ids in alignments.vocabularies[1].ids.values() if len(ids) > 1]
+    assert len(outcomes) > 20 and len(equal) > 20
+    for ids in equal:
+        assert (outcomes[:, ids] == outcomes[:, ids[:1]]).all()
+
+
 def test_summary(sides):
     """The example that is printed, the student's tokens above the teacher's, and the numbers."""
     models_ = sides["byte-level 300"], sides["characters 300"]
@@ -380,7 +392,7 @@ def test_summary(sides):
 @pytest.mark.parametrize("name", ["byte-level 500", "sentencepiece 500", "characters 300"])
 @pytest.mark.parametrize("teaches", [True, False])
 def test_real_tokenizer(sides, name, teaches):
-    """SmolLM2's, which splits digits, on either side of each kind."""
+    """SmolLM2's tokenizer, which splits digits, as student and as teacher with each kind."""
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "smollm2")
     real = without_weights("smollm2", tokenizer, tokenizer.eos_token_id)
     pair = (sides[name], real) if teaches else (real, sides[name])

@@ -41,7 +41,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def coarse_and_fine() -> list[LanguageModel]:
-    """Two that merge differently, so that not every token is a prefix of one of the other's."""
+    """Two tokenizers with different merges: not every token is a prefix of one of the other's."""
     return [
         wrapped(byte_level(size, [*SPECIAL, end], texts), False, end)
         for size, end, texts in (
@@ -81,7 +81,7 @@ def value_and_gradients(
 
 
 def pieces_of(tokens: int) -> Callable[..., list[slice]]:
-    """In the place of `common.chunks`: pieces of as many tokens as this says."""
+    """Replaces `common.chunks`: pieces of this many tokens."""
     return lambda n, *_: [slice(i, min(i + tokens, n)) for i in range(0, n, tokens)]
 
 
@@ -157,7 +157,7 @@ def starts_of(examples: list[Example], spelled: Spelled) -> list[tuple[bytes, by
 def plain_hybrid(
     ours: Tensor, theirs: Tensor, example: Example, spelled: Spelled, named: list[bytes]
 ) -> tuple[Tensor, set[int]]:
-    """The docstring of the script as it says, over dictionaries; and the tokens compared."""
+    """The script's docstring computed with dictionaries; and the student's tokens compared."""
     pieces, begins = tokens_and_places(example, spelled)
     classes = [[begun_by(t, named) for t in side] for side in spelled]
     total, compared = torch.zeros((), dtype=torch.float64), set()
@@ -376,11 +376,11 @@ def context_kl(
 
 
 def test_chain_rule():
-    """A finer student: over what the teacher may say next, the sum is the KL of whole tokens.
+    """A student that splits the teacher's tokens: both cases add up to the KL of whole tokens.
 
-    The teacher has A, A0, A1 and B, the student A, 0, 1 and B. KL between the teacher's next token
-    and the same text in the student's tokens, expected over the teacher's token, is what the two
-    cases add up to; so nothing is lost, and a student that agrees has loss 0.
+    The teacher has the tokens A, A0, A1 and B, the student A, 0, 1 and B. The KL over the teacher's
+    tokens, with the student's probability of the same text, equals the KL where both begin a token
+    plus the teacher's probability of A, A0 or A1 times the KL after A has been read.
     """
     vocabularies = [Vocabulary([b"A", b"0", b"1", b"B"]), Vocabulary([b"A", b"A0", b"A1", b"B"])]
     generator = torch.Generator().manual_seed(0)
@@ -400,7 +400,7 @@ def test_chain_rule():
 
 
 def test_zeros_and_empty_batches(coarse_and_fine):
-    """Probabilities that underflow give finite gradients; no examples, a zero with a graph."""
+    """Probabilities that underflow give finite gradients; a batch of no examples has loss 0."""
     student, teacher = coarse_and_fine
     e = example(student, teacher, TEXTS[0])
     for loss in ("hybrid", "uld"):
@@ -417,7 +417,7 @@ def test_zeros_and_empty_batches(coarse_and_fine):
 
 
 def test_examples_without_a_side(coarse_and_fine):
-    """A side that a long prompt has cut to nothing: only cross-entropy is left, or nothing."""
+    """A long prompt left no target on one side: the loss is cross-entropy alone, or nothing."""
     student, teacher = coarse_and_fine
     whole = example(student, teacher, TEXTS[0])
     cut = [common.Tokens(side.ids[:4], []) for side in (whole.student, whole.teacher)]
@@ -464,7 +464,7 @@ def hybrid(workplace) -> tuple[Path, str]:
 
 
 def test_student_learns_on_held_out_words(hybrid):
-    """80 steps from a teacher whose tokens are not its own."""
+    """80 steps with a teacher that has another tokenizer."""
     results, lines = read(hybrid[0])
     before, after = results["before"], results["after"]
     assert after["error_rate"] < before["error_rate"]
@@ -489,7 +489,7 @@ def test_alignment_is_reported(hybrid):
     shared = {t for t in ours & theirs if not t.startswith("<|")}
     plain = [t for t in ours if not t.startswith("<|")]
     assert numbers["vocabulary_overlap"] == pytest.approx(len(shared) / len(plain))
-    assert numbers["compared_tokens"] == 1  # its tokens are only ever finer here
+    assert numbers["compared_tokens"] == 1  # the student only splits the teacher's tokens
     assert numbers["teacher_tokens_per_span"] == 1
     assert numbers["student_tokens_per_span"] == pytest.approx(1 / numbers["aligned_tokens"])
     rows = [
@@ -513,13 +513,13 @@ def test_uld_with_cross_entropy(workplace, hybrid):
     results, lines = read(workplace / "runs" / "uld")
     steps = [line for line in lines if "train/loss" in line]
     ce = [s["train/loss"] - s["train/kl"] for s in steps]
-    # Before the first step CE is the student's own: that of the same kind of text held out.
+    # The first step measures the untrained student, whose cross-entropy on held-out text is known.
     assert ce[0] == pytest.approx(results["before"]["nats_per_token"], rel=0.25)
     assert results["after"]["bits_per_byte"] < results["before"]["bits_per_byte"]
 
 
 def test_killed_and_resumed(workplace, hybrid, tmp_path):
-    """kill -9 between two checkpoints, then --resume: the weights of a run that was not cut."""
+    """kill -9 between two checkpoints, then --resume: the weights of an uninterrupted run."""
     flags = [
         "--max-rows", "64", "--batch-size", "8", "--max-steps", "60", "--save-steps", "20",
         "--eval-size", "8", "--eval-steps", "0", "--logging-steps", "1",
