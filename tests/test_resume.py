@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_in_process, run_script, tiny_model, wait_for
+from forked import ForkedScript
 from safetensors.torch import load_file
 
 import common
@@ -28,7 +29,6 @@ FLAGS = {
     "eval_steps": 10, "save_steps": 4, "logging_steps": 3, "generation_batch_size": 8,
 }  # fmt: skip
 WORDS = [w for name, value in FLAGS.items() for w in (f"--{name.replace('_', '-')}", str(value))]
-UNBUFFERED = {"PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +70,12 @@ def assert_same(run: Path, expected: Path, steps: int = STEPS) -> None:
     assert trained == list(range(1, steps + 1))
 
 
-def begin(
-    directory: Path, flags: Sequence[str] = ("--output-dir", "run"), **streams: object
-) -> subprocess.Popen[bytes]:
-    """Start token_level.py; what it prints goes to out.txt."""
-    with open(directory / "out.txt", "wb") as out:
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "token_level.py"), *WORDS, *flags],
-            cwd=directory, env={**os.environ, **UNBUFFERED},
-            **{"stdout": out, "stderr": subprocess.STDOUT, **streams},
-        )  # fmt: skip
-
-
 RESUME = ("--output-dir", "run", "--resume")
+
+
+def resumed(directory: Path) -> ForkedScript:
+    """token_level.py on its way; what it prints goes to out.txt."""
+    return ForkedScript("token_level.py", [*WORDS, *RESUME], directory, directory / "out.txt")
 
 
 def test_killed_at_many_moments(whole_run, tmp_path):
@@ -103,7 +96,7 @@ def test_killed_at_many_moments(whole_run, tmp_path):
         return sum(p.read_bytes().count(b"\n") for p in cache.glob("text/*.jsonl"))
 
     began = time.monotonic()
-    pause = chance.uniform(0.2, 2)
+    pause = chance.uniform(0.1, 0.4)
     moments: dict[str, Callable[[], bool]] = {
         "loading": lambda: time.monotonic() > began + pause,
         "generating": lambda: lines_of_text() >= chance.randrange(8, 56),
@@ -117,18 +110,18 @@ def test_killed_at_many_moments(whole_run, tmp_path):
         "last evaluation": (checkpoints / f"step-{STEPS:06}").exists,
     }
     for name, moment in moments.items():
-        process = begin(tmp_path, RESUME)
+        process = resumed(tmp_path)
         came = wait_for(process, moment)
         time.sleep(chance.uniform(0, 0.02))
         process.kill()
         process.wait()
         assert came or moment(), f"{name}: {(tmp_path / 'out.txt').read_text()}"
-    process = begin(tmp_path, RESUME)
+    process = resumed(tmp_path)
     wait_for(process, (run / "final").exists)  # for so short a time that the poll may miss it
     process.kill()
     process.wait()
     if not (run / "results.json").exists():
-        assert begin(tmp_path, RESUME).wait() == 0, (tmp_path / "out.txt").read_text()
+        assert resumed(tmp_path).wait() == 0, (tmp_path / "out.txt").read_text()
     assert_same(run, whole_run)
     results = [json.loads((r / "results.json").read_text()) for r in (run, whole_run)]
     assert results[0]["after"] == results[1]["after"]
@@ -143,13 +136,19 @@ def test_signals_end_the_run_with_a_checkpoint(whole_run, tmp_path):
     def last_checkpoint() -> int:
         return max((int(p.parent.name[5:]) for p in checkpoints.glob("*/state.json")), default=0)
 
-    def wait_for_checkpoint_after(step: int, process: subprocess.Popen[bytes]) -> None:
+    def wait_for_checkpoint_after(step: int, process: subprocess.Popen | ForkedScript) -> None:
         assert wait_for(process, lambda: last_checkpoint() > step), said()
 
     def said(file: str = "out.txt") -> str:
         return (tmp_path / file).read_text()
 
-    process = begin(tmp_path)
+    def begin(flags: Sequence[str], **streams: object) -> subprocess.Popen[bytes]:
+        command = [sys.executable, str(ROOT / "token_level.py"), *flags]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, **streams)
+
+    with open(tmp_path / "out.txt", "wb") as out:
+        process = begin([*WORDS, "--output-dir", "run"], stdout=out, stderr=subprocess.STDOUT)
     wait_for_checkpoint_after(0, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM
@@ -160,7 +159,7 @@ def test_signals_end_the_run_with_a_checkpoint(whole_run, tmp_path):
     assert command[-3:] == ["--output-dir", "run", "--resume"]
 
     with open(tmp_path / "err.txt", "wb") as err:
-        process = begin(tmp_path, command, stdout=subprocess.PIPE, stderr=err)
+        process = begin(command, stdout=subprocess.PIPE, stderr=err)
     assert any(line.startswith(b"resumed from run/checkpoints") for line in process.stdout)
     wait_for_checkpoint_after(stopped_after, process)
     process.stdout.close()  # as when the same Ctrl-C ends a `tee` behind the run
@@ -170,7 +169,7 @@ def test_signals_end_the_run_with_a_checkpoint(whole_run, tmp_path):
     assert said("err.txt").splitlines()[-1].startswith("stopped after step")
     assert last_checkpoint() > stopped_after
 
-    process = begin(tmp_path, RESUME)
+    process = resumed(tmp_path)
     wait_for_checkpoint_after(last_checkpoint(), process)
     os.kill(process.pid, signal.SIGSTOP)  # so that both signals arrive during the same step
     for _ in range(2):
@@ -181,7 +180,7 @@ def test_signals_end_the_run_with_a_checkpoint(whole_run, tmp_path):
     assert "Traceback" not in said()
     assert said().splitlines()[-1] == "interrupted" or "stopped after step" in said()
 
-    assert begin(tmp_path, RESUME).wait() == 0, said()
+    assert resumed(tmp_path).wait() == 0, said()
     assert_same(tmp_path / "run", whole_run)
 
 
