@@ -1279,7 +1279,7 @@ def save_tensors(path: Path, **tensors: Tensor | None) -> None:
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     with usage_error(f"{path} is corrupt, delete the file", SafetensorError):
-        return load_file(path, device=str(device))
+        return {name: t.to(device) for name, t in load_file(path).items()}  # it knows no "cpu:0"
 
 
 def progress(title: str, total: int, done: int = 0) -> tqdm:
