@@ -1309,7 +1309,7 @@ class TeacherHiddenStates:
         self.open_files: dict[Path, Any] = {}
         with exclusive(self.directory / "lock"):
             self._fill({self.keys[e.index]: e for e in examples}, purpose)
-            self.files = self._list()
+        self.files = self._list()  # after all processes have written
         loaded = "is loaded" if teacher.loaded else "is not loaded"
         PartialState().print(f"{purpose}: teacher states from the cache; its backbone {loaded}")
 
