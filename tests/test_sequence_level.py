@@ -195,7 +195,7 @@ def test_completions_are_never_partial(tiny, tmp_path):
     ("flags", "words"),
     [
         ("--samples-per-prompt 2", "one answer many times"),
-        ("--samples-per-prompt 0", "--samples-per-prompt and --api-concurrency must be 1 or more"),
+        ("--samples-per-prompt 0", "--api-timeout must be above 0"),
         ("--keep-matching --completions dataset", "select from the teacher's text"),
         ("--api-model m", "--api-model needs --api-base-url"),
         ("--api-base-url http://h/v1", "needs --api-model"),
