@@ -2223,7 +2223,7 @@ class Run:
             self.accelerator.print(
                 f"stopped after step {step}; to continue: python {self.script}.py {flags} {place}"
             )
-            self.accelerator.end_training()
+            self._close()
             sys.exit(128 + stop)
 
     def _write_checkpoint(self, step: int) -> None:
@@ -2281,7 +2281,16 @@ class Run:
                     "there exact_match and error_rate compare with the teacher's greedy answer"
                 )
             print(f"student: {self.directory / 'final'}")
-        self.accelerator.end_training()  # closes the tracker and waits for all processes
+        self._close()
+
+    def _close(self) -> None:
+        """Close the trackers and wait for all processes.
+
+        Not `accelerator.end_training`, which also destroys the process group: see `launch`.
+        """
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.wait_for_everyone()
 
     def _model_card(self, table: str) -> str:
         args = self.args
