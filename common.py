@@ -1980,7 +1980,7 @@ class Run:
             place = shlex.join(["--output-dir", str(self.directory), "--resume"])
             command = " ".join(filter(None, ["python", f"{self.script}.py", flags, place]))
             self.accelerator.print(f"stopped after step {step}; to continue: {command}")
-            self._close_trackers()
+            self._close()
             sys.exit(128 + stop)
 
     def _write_checkpoint(self, step: int) -> None:
@@ -2029,12 +2029,12 @@ class Run:
                     "there exact_match and error_rate compare with the teacher's greedy answer"
                 )
             print(f"student: {self.directory / 'final'}")
-        self._close_trackers()
-        self.accelerator.wait_for_everyone()  # a process that exits can abort those that talk to it
+        self._close()
 
-    def _close_trackers(self) -> None:
+    def _close(self) -> None:
         for tracker in self.accelerator.trackers:
             tracker.finish()
+        self.accelerator.wait_for_everyone()  # a process that exits can abort those that talk to it
 
     def _model_card(self, table: str) -> str:
         flags = command_line(self.args, {"output_dir", "cache_dir", "overwrite", "resume"})
