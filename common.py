@@ -1283,7 +1283,7 @@ def save_tensors(path: Path, **tensors: Tensor | None) -> None:
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     with usage_error(f"{path} is corrupt, delete the file", SafetensorError):
-        return load_file(path, device=str(device))
+        return {name: t.to(device) for name, t in load_file(path).items()}  # it knows no "cpu:0"
 
 
 def progress(title: str, total: int, done: int = 0) -> tqdm:
@@ -1313,7 +1313,7 @@ class TeacherHiddenStates:
         self.open_files: dict[Path, Any] = {}
         with exclusive(self.directory / "lock"):
             self._fill({self.keys[e.index]: e for e in examples}, purpose)
-            self.files = self._list()
+        self.files = self._list()  # after all processes have written
         loaded = "is loaded" if teacher.loaded else "is not loaded"
         PartialState().print(f"{purpose}: teacher states from the cache; its backbone {loaded}")
 
@@ -1984,7 +1984,7 @@ class Run:
             place = shlex.join(["--output-dir", str(self.directory), "--resume"])
             command = " ".join(filter(None, ["python", f"{self.script}.py", flags, place]))
             self.accelerator.print(f"stopped after step {step}; to continue: {command}")
-            self._close_trackers()
+            self._close()
             sys.exit(128 + stop)
 
     def _write_checkpoint(self, step: int) -> None:
@@ -2033,12 +2033,12 @@ class Run:
                     "there exact_match and error_rate compare with the teacher's greedy answer"
                 )
             print(f"student: {self.directory / 'final'}")
-        self._close_trackers()
-        self.accelerator.wait_for_everyone()  # a process that exits can abort those that talk to it
+        self._close()
 
-    def _close_trackers(self) -> None:
+    def _close(self) -> None:
         for tracker in self.accelerator.trackers:
             tracker.finish()
+        self.accelerator.wait_for_everyone()  # a process that exits can abort those that talk to it
 
     def _model_card(self, table: str) -> str:
         flags = command_line(self.args, {"output_dir", "cache_dir", "overwrite", "resume"})

@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from forked import ForkedScript
 from transformers import (
     AutoTokenizer,
     Gemma2Config,
@@ -64,7 +65,7 @@ def run_in_process(script: ModuleType, **flags: object) -> None:
     script.main(script.Arguments(**flags))
 
 
-def wait_for(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> bool:
+def wait_for(process: subprocess.Popen[bytes] | ForkedScript, moment: Callable[[], bool]) -> bool:
     """Wait until `moment()` is true; False if the process ends before that."""
     while process.poll() is None:
         if moment():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -17,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, run_script, wait_for
+from conftest import run_script, wait_for
+from forked import ForkedScript
 from test_sequence_level import (
-    UNBUFFERED,
     WORDS,
     assert_same_student,
     in_process,
@@ -461,17 +459,18 @@ def test_killed_while_the_server_writes(whole_run, serve, tmp_path):  # noqa: F8
     server = serve(reply)
     flags = api_flags(server, api_concurrency=concurrency, output_dir="run", cache_dir="cache")
     words = [w for name, v in flags.items() for w in (f"--{name.replace('_', '-')}", str(v))]
-    command = [sys.executable, str(ROOT / "sequence_level.py"), *WORDS, *words, "--resume"]
-    environment = {**os.environ, **UNBUFFERED, "OPENAI_API_KEY": KEY}
+    words += ["--resume"]
+
+    def begin() -> ForkedScript:
+        flags, output = [*WORDS, *words], tmp_path / "out.txt"
+        return ForkedScript("sequence_level.py", flags, tmp_path, output, OPENAI_API_KEY=KEY)
+
     asked = recorded = 0
     for answers in (15, 25):
         permits.release(answers)
         asked += answers + concurrency
         recorded += answers
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        process = begin()
         # Killed when the answers have come and the next requests are under way, as many as may be.
         assert wait_for(process, lambda asked=asked: len(server.log) == asked)
         process.kill()
@@ -479,8 +478,7 @@ def test_killed_while_the_server_writes(whole_run, serve, tmp_path):  # noqa: F8
         assert len(text_lines(tmp_path / "cache")) == recorded
         permits.release(concurrency)  # for the requests of the killed process
     permits.release(1000)
-    done = run_script("sequence_level.py", *command[2:], cwd=tmp_path, OPENAI_API_KEY=KEY)
-    assert done.returncode == 0, done.stderr
+    assert begin().wait() == 0, (tmp_path / "out.txt").read_text()
     lines = text_lines(tmp_path / "cache")
     counts = Counter((str(b["messages"]), b["temperature"]) for _, b in server.log)
     # 64 + 8 words greedy, and the 8 of the evaluation sampled, each recorded once.

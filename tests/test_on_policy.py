@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from conftest import (
     ROOT,
     example_of,
+    generate,
     run_in_process,
     run_script,
     tiny_model,
@@ -28,7 +29,7 @@ from torch import nn
 import common
 import on_policy
 import token_level
-from common import Conversation, Head, Objective, Pair, Prompt, UsageError
+from common import Conversation, Head, Logits, Objective, Pair, Prompt, UsageError
 from on_policy import Arguments
 
 SMALL = {
@@ -181,11 +182,8 @@ class Fixed(nn.Module):
         self.model = SimpleNamespace()
         self.hidden, self.weight = nn.Parameter(hidden.double()), nn.Parameter(weight.double())
 
-    def hidden_states(self, batch: common.Batch) -> torch.Tensor:
-        return self.hidden.expand(len(batch.targets), -1)
-
-    def head(self) -> Head:
-        return Head(self.weight, None)
+    def logits(self, batch: common.Batch) -> Logits:
+        return Logits(self.hidden.expand(len(batch.targets), -1), Head(self.weight))
 
 
 def test_sampled_estimator_has_the_exact_expected_gradient():
@@ -229,7 +227,8 @@ def test_sampled_estimator_has_the_exact_expected_gradient():
 
 def test_sampled_loss_against_autograd(monkeypatch):
     """Its gradient over several chunks, with bias and softcap, is that of the policy gradient."""
-    monkeypatch.setattr(common, "chunks", lambda n, *_: [slice(i, i + 5) for i in range(0, n, 5)])
+    chunks = [slice(i, i + 5) for i in range(0, 17, 5)]
+    monkeypatch.setattr(Logits, "chunks", lambda _: chunks)
     draw = torch.Generator().manual_seed(2)
     n, size, cap = 17, 23, 3.0
     hidden, weight, bias, theirs, other, their_bias = (
@@ -238,8 +237,9 @@ def test_sampled_loss_against_autograd(monkeypatch):
     )
     leaves = [hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
     targets = torch.randint(size, (n,), generator=draw)
-    student, teacher = Head(weight, bias, softcap=cap), Head(other, their_bias, softcap=cap)
-    loss, sums = on_policy.sampled_loss(hidden, student, targets, theirs, teacher)
+    student = Logits(hidden, Head(weight, bias, softcap=cap))
+    teacher = Logits(theirs, Head(other, their_bias, softcap=cap))
+    loss, sums = on_policy.sampled_loss(student, targets, teacher)
     ours, wanted = (
         (cap * torch.tanh((h @ w.t() + b) / cap)).log_softmax(-1).gather(1, targets[:, None])
         for h, w, b in ((hidden, weight, bias), (theirs, other, their_bias))
@@ -294,10 +294,11 @@ def test_entropies_against_plain_ones(tiny, monkeypatch):
         torch.distributions.Categorical(logits=m.head().logits(h).double()).entropy()
         for m, h in zip((student, teacher), hidden, strict=True)
     ]
-    inputs = (hidden[0], student.head(), hidden[1], teacher.head())
+    inputs = Logits(hidden[0], student.head()), Logits(hidden[1], teacher.head())
     everything = on_policy.entropies(*inputs)
     assert everything.tolist() == pytest.approx([*(p.sum().item() for p in plain), 50], rel=1e-5)
-    monkeypatch.setattr(common, "chunks", lambda n, *_: [slice(i, i + 20) for i in range(0, n, 20)])
+    chunks = [slice(i, i + 20) for i in range(0, 50, 20)]
+    monkeypatch.setattr(Logits, "chunks", lambda _: chunks)
     some = on_policy.entropies(*inputs)
     assert some.tolist() == pytest.approx([*(p[::3].sum().item() for p in plain), 17], rel=1e-5)
 
@@ -320,7 +321,7 @@ def test_rollouts_are_ids_and_cut_ones_have_no_end(tiny, accelerator):
     lengths, cut = [], []
     for row, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
         seed = common.row_seed(4, "rollout", 7, row)
-        [(_, alone)] = common.generate(
+        [(_, alone)] = generate(
             student, [prompt.student], [seed], max_new_tokens=8, temperature=1.0
         )
         ids, targets = example.student
@@ -342,11 +343,11 @@ def test_rollouts_are_ids_and_cut_ones_have_no_end(tiny, accelerator):
 def test_rollouts_in_bulk_are_those_of_single_steps(tiny, accelerator, monkeypatch):
     """The next n on-policy steps in one call; by an unchanged student the same text; staleness."""
     student, calls = tiny("llama", dtype=torch.float64), []
-    generate = common.generate
+    write = common.generate
 
-    def counting(model, prompts, *rest, **settings):
+    def counting(model, prompts, *rest):
         calls.append(len(prompts))
-        return generate(model, prompts, *rest, **settings)
+        return write(model, prompts, *rest)
 
     monkeypatch.setattr(common, "generate", counting)
     single, bulk = (rollouts(student, accelerator, rollout_steps=n) for n in (1, 4))
@@ -388,12 +389,12 @@ def test_evaluation_on_own_text(tiny, tmp_path):
     prompts = prompts_of(12)
     evaluator = on_policy.Evaluator(prompts, Pair(student, teacher), args)
     student.model.train()
-    scores = common.scores(evaluator(student))
+    scores = common.scores(evaluator())
     assert student.model.training
     kl = tokens = 0.0
     for i, prompt in enumerate(prompts):
         seed = common.row_seed(3, "own text", i)
-        [(_, response)] = common.generate(
+        [(_, response)] = generate(
             student, [prompt.student], [seed], max_new_tokens=8, temperature=1.0
         )
         ids, start = torch.tensor([prompt.student + response.ids]), len(prompt.student) - 1
@@ -415,7 +416,7 @@ def test_rollout_monitor(tiny):
 
     def after(step: int, *notes: tuple[float, float, float]) -> list[str]:
         for length, own, teachers in notes:
-            mean = monitor.note(length, *torch.tensor([own * 4, teachers * 4, 4.0]))
+            mean = monitor.note(length, torch.tensor([own * 4, teachers * 4, 4.0]))
             assert mean["rollout/entropy"] == pytest.approx(own)
         return list(monitor.warnings(step))
 
@@ -428,7 +429,7 @@ def test_rollout_monitor(tiny):
     assert "0.050 nats" in line and "0.400" in line
     assert after(49, (8, 0.5, 0.4)) == []
     assert len(after(59, (30, 0.01, 0.4))) == 2
-    assert math.isfinite(monitor.note(0.0, *torch.zeros(3))["rollout/entropy"])
+    assert math.isfinite(monitor.note(0.0, torch.zeros(3))["rollout/entropy"])
 
     examples = [example_of(with_response([5, 6], [7, i]), i) for i in (1, 8, 9)]
     shown = {s: lines for s in range(25) if (lines := list(monitor.samples(s, examples)))}

@@ -32,10 +32,10 @@ def clip_and_save(self, parameters, *rest):
     clip_and_save.first = False
     return clip(self, parameters, *rest)
 
-def save_and_note(tensors, path):
+def save_and_note(path, **tensors):
     with open(f"{{target}}-{{accelerate.PartialState().process_index}}", "a") as file:
         file.write(path.name + chr(10))
-    save_tensors(tensors, path)
+    save_tensors(path, **tensors)
 
 clip_and_save.first = True
 accelerate.Accelerator.clip_grad_norm_ = clip_and_save
@@ -117,7 +117,7 @@ def test_two_processes_train_as_one(place, two):
     files = [
         sorted((place / f"cache-{n}" / "states").glob("*/*.safetensors")) for n in ("one", "two")
     ]
-    assert min(map(len, wrote)) > 10 and sorted(wrote[0] + wrote[1]) == [f.name for f in files[1]]
+    assert min(map(len, wrote)) > 2 and sorted(wrote[0] + wrote[1]) == [f.name for f in files[1]]
     for ours, theirs in zip(*files, strict=True):
         assert ours.name == theirs.name
         assert ours.read_bytes() == theirs.read_bytes()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from conftest import ROOT, run_in_process, run_script, wait_for
+from conftest import run_in_process, run_script, wait_for
+from forked import ForkedScript
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -30,7 +29,6 @@ FLAGS = {
     "eval_size": 8, "eval_steps": 0, "save_steps": 4, "generation_batch_size": 4,
 }  # fmt: skip
 WORDS = [w for name, value in FLAGS.items() for w in (f"--{name.replace('_', '-')}", str(value))]
-UNBUFFERED = {"PYTHONUNBUFFERED": "1"}
 
 
 def in_process(script: ModuleType, output_dir: Path, **changes: object) -> Path:
@@ -197,7 +195,7 @@ def test_completions_are_never_partial(tiny, tmp_path):
     ("flags", "words"),
     [
         ("--samples-per-prompt 2", "one answer many times"),
-        ("--samples-per-prompt 0", "--samples-per-prompt and --api-concurrency must be 1 or more"),
+        ("--samples-per-prompt 0", "--api-timeout must be above 0"),
         ("--keep-matching --completions dataset", "select from the teacher's text"),
         ("--api-model m", "--api-model needs --api-base-url"),
         ("--api-base-url http://h/v1", "needs --api-model"),
@@ -327,13 +325,9 @@ def test_killed_while_writing_and_while_training(whole_run, tmp_path):
     """No recorded answer is written again, and the student equals that of the whole run."""
     cache, run = tmp_path / "cache" / "text", tmp_path / "run"
 
-    def begin() -> subprocess.Popen[bytes]:
-        words = [*WORDS, "--output-dir", "run", "--cache-dir", "cache", "--resume"]
-        with open(tmp_path / "out.txt", "wb") as out:
-            return subprocess.Popen(
-                [sys.executable, str(ROOT / "sequence_level.py"), *words], cwd=tmp_path,
-                stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **UNBUFFERED},
-            )  # fmt: skip
+    def begin() -> ForkedScript:
+        flags = [*WORDS, "--output-dir", "run", "--cache-dir", "cache", "--resume"]
+        return ForkedScript("sequence_level.py", flags, tmp_path, tmp_path / "out.txt")
 
     def written() -> bytes:
         return b"".join(p.read_bytes() for p in sorted(cache.glob("*.jsonl")))

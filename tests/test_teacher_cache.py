@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import example_of, run_in_process, tiny_model
 from safetensors.torch import load_file
+from torch import Tensor
 
 import common
 import token_level
@@ -57,7 +58,7 @@ def computed(monkeypatch) -> list[int]:
 
 def cached(teacher: LanguageModel, examples: list[Example], directory: Path) -> TeacherHiddenStates:
     teacher.states_dir = directory
-    return TeacherHiddenStates(teacher, examples, token_level.Arguments(), "some text")
+    return TeacherHiddenStates(teacher, examples, "some text")
 
 
 def batches_of(examples: list[Example]) -> list[list[Example]]:
@@ -66,17 +67,15 @@ def batches_of(examples: list[Example]) -> list[list[Example]]:
 
 def files(directory: Path) -> dict[str, bytes]:
     """The content of every file of hidden states; a name ends in .part while it is written."""
-    paths = sorted(p for p in directory.glob("*.safetensors*") if p.name != "head.safetensors")
-    return {path.name: path.read_bytes() for path in paths}
+    return {path.name: path.read_bytes() for path in sorted(directory.glob("states-*"))}
 
 
-def file_of(example: Example, directory: Path, teacher: LanguageModel) -> Path:
-    """The one file that this example has in a cache by itself."""
-    alone = directory / "alone"
-    cached(teacher, [example], alone)
-    (name,) = files(alone)
-    shutil.rmtree(alone)
-    return directory / name
+def tensors(directory: Path) -> dict[str, Tensor]:
+    """The hidden states of each example, by the name that they have in its file."""
+    stored = [load_file(path) for path in sorted(directory.glob("states-*.safetensors"))]
+    together = {name: tensor for file in stored for name, tensor in file.items()}
+    assert len(together) == sum(map(len, stored))  # none is in two files
+    return together
 
 
 def truncate(path: Path) -> None:
@@ -88,7 +87,7 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_teachers_own_bits_come_back(tiny, examples, tmp_path, dtype):
-    """One file for each example, which holds its hidden states in the teacher's dtype."""
+    """One file for each batch, with a tensor for each example in the teacher's dtype."""
     teacher = tiny("llama", dtype=dtype)
     states = cached(teacher, examples, tmp_path)
     assert len(batches_of(examples)) > 3
@@ -96,7 +95,8 @@ def test_the_teachers_own_bits_come_back(tiny, examples, tmp_path, dtype):
         expected = common.teacher_hidden_states(teacher, batch)
         assert expected.dtype == states(batch).dtype == dtype
         assert states(batch).view(torch.uint8).equal(expected.view(torch.uint8))
-    stored = [load_file(tmp_path / name)["hidden"] for name in files(tmp_path)]
+    assert len(files(tmp_path)) == len(batches_of(examples))
+    stored = tensors(tmp_path).values()
     assert sorted(map(len, stored)) == sorted(len(e.teacher.targets) for e in examples)
     assert {(part.shape[1], part.dtype) for part in stored} == {(32, dtype)}
 
@@ -115,88 +115,102 @@ def test_any_grouping_agrees_with_the_live_teacher(tiny, examples, tmp_path):
 
 def test_without_a_directory_the_teacher_is_live(tiny, examples):
     teacher = tiny("llama")
-    states = TeacherHiddenStates(teacher, examples, token_level.Arguments(), "some text")
+    states = TeacherHiddenStates(teacher, examples, "some text")
     assert states(examples[:3]).equal(common.teacher_hidden_states(teacher, examples[:3]))
 
 
 def test_a_killed_fill_is_completed_and_equal(tiny, examples, tmp_path, monkeypatch, computed):
-    """Bit for bit what an uninterrupted run writes, and no batch is computed twice."""
+    """Bit for bit what an uninterrupted run writes, and no whole batch is computed twice."""
     teacher = tiny("llama")
     cached(teacher, examples, tmp_path / "uncut")
     whole, batches = files(tmp_path / "uncut"), batches_of(examples)
-    assert len(computed) == len(batches) and len(whole) == 30
+    assert len(computed) == len(whole) == len(batches) > 3
     computed.clear()
     saved, save = [], common.save_tensors
 
-    def interrupt(tensors, path):
-        """Die in the middle of the third batch's second file, which is left half written."""
+    def interrupt(path, **tensors):
+        """Die in the middle of the third batch's file, which is left half written."""
         saved.append(path.name)
-        if len(saved) == 1 + len(batches[0]) + len(batches[1]) + 2:  # the head is the first
+        if len(saved) == 4:  # the head is the first
             path.with_name(path.name + ".part").write_bytes(b"half")
             raise KeyboardInterrupt
-        save(tensors, path)
+        save(path, **tensors)
 
     with monkeypatch.context() as patch:
         patch.setattr(common, "save_tensors", interrupt)
         with pytest.raises(KeyboardInterrupt):
             cached(teacher, examples, tmp_path / "cut")
-    assert 0 < len(files(tmp_path / "cut")) < 30
+    assert [name.endswith(".part") for name in files(tmp_path / "cut")].count(True) == 1
+    assert len(tensors(tmp_path / "cut")) == len(batches[0]) + len(batches[1])
     cached(teacher, examples, tmp_path / "cut")
     assert files(tmp_path / "cut") == whole
     assert computed == [len(b) for b in [*batches[:3], *batches[2:]]]
 
 
-def test_data_sets_that_overlap_share_files(tiny, examples, tmp_path, computed):
-    """One added example: its batch is computed and its file is written, no other."""
+def test_data_sets_that_overlap_share_tensors(tiny, examples, tmp_path, computed):
+    """One added example: its batch is computed, and nothing but its tensor is written."""
     teacher = tiny("llama")
     cached(teacher, examples[:-1], tmp_path)
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.safetensors")}
+    before, known = files(tmp_path), tensors(tmp_path)
     computed.clear()
     states = cached(teacher, examples, tmp_path)
     (batch,) = [b for b in batches_of(examples) if examples[-1] in b]
     assert computed == [len(batch)]
-    assert before == {p: p.stat().st_mtime_ns for p in before}
-    assert len(files(tmp_path)) == 30
+    assert before.items() < files(tmp_path).items()
+    (added,) = tensors(tmp_path).keys() - known.keys()
+    assert len(tensors(tmp_path)[added]) == len(examples[-1].teacher.targets)
     live = common.teacher_hidden_states(teacher, examples[-3:])
     torch.testing.assert_close(states(examples[-3:]), live, rtol=1e-5, atol=1e-5)
     computed.clear()
     cached(teacher, examples[5:20], tmp_path)  # a part of it needs nothing
     cached(teacher, [dataclasses.replace(e, index=99 - e.index) for e in examples], tmp_path)
-    assert computed == [] and len(files(tmp_path)) == 30
+    assert computed == [] and len(tensors(tmp_path)) == 30
 
 
-def test_an_example_that_occurs_twice_has_one_file(tiny, examples, tmp_path):
+def test_an_example_that_occurs_twice_has_one_tensor(tiny, examples, tmp_path):
     teacher = tiny("llama")
     twin = dataclasses.replace(examples[0], index=30)
     states = cached(teacher, [*examples, twin], tmp_path)
-    assert len(files(tmp_path)) == 30
+    assert len(tensors(tmp_path)) == 30
     assert states([twin]).equal(states([examples[0]]))
 
 
-def test_a_disk_too_small_is_an_error_before_states_are_written(
+def test_a_disk_too_small_is_an_error_before_anything_is_written(
     tiny, examples, tmp_path, monkeypatch, capsys, computed
 ):
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UsageError, match="--cache-dir"):
-        cached(tiny("llama"), examples, tmp_path)
-    assert not files(tmp_path) and not computed
-    assert "128 bytes a token" in capsys.readouterr().out
+    """A byte less than hidden states and head need is too little."""
+    teacher = tiny("llama")
+    needed = sum(len(e.teacher.targets) for e in examples) * 32 * 4 + teacher.head().weight.nbytes
+    usage = shutil.disk_usage(tmp_path)
+
+    def free(size: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size))
+
+    free(needed - 1)
+    with pytest.raises(UsageError, match=rf"{tmp_path} has .* MB left: name another --cache-dir"):
+        cached(teacher, examples, tmp_path)
+    assert not computed and [p.name for p in tmp_path.iterdir()] == ["lock"]
+    assert capsys.readouterr().out == ""
+    free(needed)
+    cached(teacher, examples, tmp_path)
+    said = capsys.readouterr().out
+    assert f"{needed / 1e6:.1f} MB of teacher states" in said and "128 bytes a token" in said
 
 
 def test_a_truncated_file_is_named_and_deleting_it_helps(tiny, examples, tmp_path):
     teacher = tiny("llama")
-    states = cached(teacher, examples, tmp_path)
-    whole, path = files(tmp_path), file_of(examples[4], tmp_path, teacher)
+    cached(teacher, examples, tmp_path)
+    whole = files(tmp_path)
+    path = tmp_path / sorted(whole)[2]
     truncate(path)
     with pytest.raises(UsageError, match=f"{path}.*delete the file"):
-        states(examples[3:6])
+        cached(teacher, examples, tmp_path)
     path.unlink()
     cached(teacher, examples, tmp_path)
     assert files(tmp_path) == whole
 
 
-def test_a_file_is_named_after_the_teachers_ids_and_targets(tiny, examples, tmp_path):
+def test_a_tensor_is_named_after_the_teachers_ids_and_targets(tiny, examples, tmp_path):
     """Not after what the student reads, nor after the example's place in its list."""
     teacher, example = tiny("llama"), examples[3]
     ids, targets = example.teacher
@@ -209,10 +223,10 @@ def test_a_file_is_named_after_the_teachers_ids_and_targets(tiny, examples, tmp_
     cached(teacher, [example], tmp_path)
     for change in same:
         cached(teacher, [dataclasses.replace(example, **change)], tmp_path)
-    assert len(files(tmp_path)) == 1
+    assert len(tensors(tmp_path)) == 1
     for count, change in enumerate(changed, 2):
         cached(teacher, [dataclasses.replace(example, **change)], tmp_path)
-        assert len(files(tmp_path)) == count
+        assert len(tensors(tmp_path)) == count
 
 
 # ---------------------------------------------------------------------- the head, and the digest
@@ -220,32 +234,34 @@ def test_a_file_is_named_after_the_teachers_ids_and_targets(tiny, examples, tmp_
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_cached_head_replaces_loading_the_model(kind, dtype, tokenizer, tmp_path):
+def test_a_cached_head_replaces_loading_the_model(kind, dtype, tokenizer, examples, tmp_path):
     """Bit for bit the model's own, without padding rows; until it is there the model is loaded."""
-    model, loads = tiny_model(kind, len(tokenizer.get_vocab()) + 8).to(dtype), []
+    name = tmp_path / "model"
+    rows = len(tokenizer.get_vocab()) + 8
+    tiny_model(kind, rows).to(dtype).save_pretrained(name)
+    tokenizer.save_pretrained(name)
+    args = token_level.Arguments(
+        teacher=str(name), student=str(name), cache_dir=str(tmp_path / "cache"),
+        teacher_dtype=str(dtype).removeprefix("torch."),
+    )  # fmt: skip
 
     def opened() -> LanguageModel:
-        def load(_: LanguageModel) -> torch.nn.Module:
-            loads.append(1)
-            return model
+        return common.load_pair(args, torch.device("cpu")).teacher
 
-        return LanguageModel(
-            kind, tokenizer, model.config, [1], dtype, model.device, kind, load, tmp_path
-        )
-
-    first, later = opened(), opened()
-    assert not first.read_head() and not loads
-    first.save_head()
-    assert len(loads) == 1 and later.read_head()
+    first = opened()
+    assert first.loaded
+    TeacherHiddenStates(first, examples[:2], "some text")
+    later = opened()
     ours, theirs = later.head(), first.head()
     assert torch.equal(ours.weight, theirs.weight) and ours.weight.dtype == dtype
-    assert len(ours.weight) == len(tokenizer.get_vocab())
+    assert len(ours.weight) == len(later.tokenizer.get_vocab()) < rows  # Qwen's class adds a token
     assert (ours.bias is None) == (theirs.bias is None)
     assert ours[2:] == theirs[2:] and (ours.softcap is not None) == (kind == "gemma2")
-    assert len(loads) == 1 and not later.loaded
-    truncate(tmp_path / "head.safetensors")
+    TeacherHiddenStates(later, examples[:2], "some text")
+    assert not later.loaded
+    truncate(later.states_dir / "head.safetensors")
     with pytest.raises(UsageError, match=r"head\.safetensors.*delete the file"):
-        opened().read_head()
+        opened()
 
 
 def test_unload_frees_the_backbone_and_keeps_head_and_states(tokenizer, examples, tmp_path):
@@ -358,7 +374,8 @@ def test_later_runs_are_bit_equal_and_load_no_backbone(place, tmp_path, monkeypa
     printed = capsys.readouterr().out
     assert "bytes a token" in printed and "training text: teacher states from the cache" in printed
     written = {p: p.stat().st_mtime_ns for p in (cache / "states").rglob("*.safetensors")}
-    assert len(written) == 1 + 6 + 54  # the head, the evaluation's text and the training text
+    (states,) = {path.parent for path in written}
+    assert len(tensors(states)) == 6 + 54  # the evaluation's text and the training text
     with no_backbone_of(place / "teacher", monkeypatch):
         assert train(place, tmp_path / "2", cache) == first
         printed = capsys.readouterr().out
@@ -387,16 +404,16 @@ def test_the_run_that_fills_the_cache_trains_without_the_backbone(place, tmp_pat
             models.append(weakref.ref(weights))
         return weights
 
-    alive, begin = [], common.begin_step
+    alive, begin = [], common.Run.begin
 
-    def first_step(step, *rest):
+    def first_step(run, step, optimizer):
         if step == 0:
             gc.collect()
             alive.append([model() is not None for model in models])
-        begin(step, *rest)
+        begin(run, step, optimizer)
 
     monkeypatch.setattr(common, "load_weights", loaded)
-    monkeypatch.setattr(common, "begin_step", first_step)
+    monkeypatch.setattr(common.Run, "begin", first_step)
     first = train(place, tmp_path / "1", tmp_path / "cache", teacher_dtype="bfloat16")
     assert alive == [[False]]
     with no_backbone_of(place / "teacher", monkeypatch):
