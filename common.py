@@ -4,16 +4,17 @@ The sections follow the data: arguments; conversations; models; tokens and masks
 the teacher's text and hidden states; losses; evaluation; run directory. One line of a data set
 takes these forms on its way to the loss:
 
-    {"prompt": "banana"}        a line of data/train.jsonl
-      load_conversations   ->   Conversation   messages, the data set's own response, references
-      tokenize_prompts     ->   Prompt         the conversation with each model's prompt ids
-      generate             ->   Completion     the teacher's answer (teacher_completions keeps it)
-      make_examples        ->   Example        prompt and answer as ids, with target positions
-      collate              ->   Batch          padded ids (B, L) and the N targets of B examples
-      LanguageModel.hidden_states -> (N, d) -> distillation_loss -> nats
+    function                    returns        which holds
+    (a line of a data set)      dict           {"prompt": "banana"}, or one of the other forms
+    load_conversations          Conversation   messages, the data set's own response, references
+    tokenize_prompts            Prompt         the conversation with each model's prompt ids
+    make_examples               Example        prompt and answer as ids, with target positions
+    collate                     Batch          padded ids (B, L) and the N targets of B examples
+    LanguageModel.logits        Logits         hidden states (N, d), for logits a chunk at a time
+    distillation_loss           scalar         nats, summed over the N targets
 
-Letters in shapes: N target tokens, V vocabulary, d width, B examples, L length in tokens, K top
-entries. Losses and divergences are in nats per target token.
+Letters in shapes: N target tokens, n of them in a chunk, V vocabulary, d width, B examples, L
+length in tokens, K top entries.
 
     python common.py runs/*        compares finished runs: one table, and runs/comparison.png
 """
@@ -73,7 +74,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.utils.hub import extract_commit_hash
 
-STARTED = time.perf_counter()
+STARTED = time.perf_counter()  # for the seconds in results.json
 DATA = Path(__file__).resolve().parent / "data"
 Tokenizer = PreTrainedTokenizerBase
 
@@ -92,6 +93,7 @@ def usage_error(prefix: str, *kinds: type[Exception]) -> Iterator[None]:
         raise UsageError(f"{prefix}: {text.strip().splitlines()[0][:300]}") from None
 
 
+# The files of a directory that determine a model; what loading one may raise.
 MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
@@ -120,12 +122,12 @@ class CommonArguments:
     eval_dataset: str | None = flag(
         None, "held-out conversations; without it --eval-size rows of --dataset are held out"
     )
-    eval_size: int = flag(0, "rows to evaluate on (0: 1000; if held out, a tenth, at most 1000)")
-    completions: Literal["teacher", "dataset"] = flag("teacher", "whose answers to learn from")
+    eval_size: int = flag(0, "evaluation rows (0: 1000; of held-out rows at most a tenth)")
+    completions: Literal["teacher", "dataset"] = flag("teacher", "whose answers to train on")
     max_length: int = flag(512, "tokens in an example, prompt and response together")
     max_new_tokens: int = flag(128, "tokens generated in a response")
 
-    temperature: float = flag(1.0, "softmax temperature of the distillation loss")
+    temperature: float = flag(1.0, "softmax temperature T of the loss, which is scaled by T²")
     sampling_temperature: float = flag(1.0, "temperature of the teacher's text (0: greedy)")
     top_p: float = flag(1.0, "sample the teacher's text from this nucleus (1: whole vocabulary)")
     generation_batch_size: int = flag(256, "responses generated at a time")
@@ -133,14 +135,14 @@ class CommonArguments:
     epochs: float = flag(3.0, "passes over the training prompts")
     max_steps: int = flag(-1, "optimizer steps; overrides --epochs")
     batch_size: int = flag(64, "examples in an optimizer step, over all processes")
-    micro_batch_size: int = flag(16, "examples in a process's backward pass (0: all its share)")
+    micro_batch_size: int = flag(16, "examples per process in one backward pass (0: all)")
     learning_rate: float = flag(2e-3, "peak of the schedule (linear warm-up, cosine to zero)")
     weight_decay: float = flag(0.01, "decoupled weight decay, on matrices only")
     warmup_steps: int = flag(30, "steps of linear warm-up")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this global norm")
     seed: int = flag(0, "determines data order, held-out rows and every sampled token")
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
-        "auto", "the student computes in this (its weights are float32); auto: bfloat16 on a GPU"
+        "auto", "the student's autocast dtype (its weights are float32); auto: bfloat16 on a GPU"
     )
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "the teacher's weights; auto: bfloat16 on a GPU"
@@ -158,7 +160,7 @@ class CommonArguments:
     logging_steps: int = flag(10, "steps between writes to metrics.jsonl")
     report_to: str = flag("none", "send metrics to a tracker too: tensorboard, wandb, ...")
     cache_dir: str = flag("runs/cache", "where the teacher's text is kept for later runs")
-    cache_teacher: bool = flag(True, "keep the teacher's final hidden states there too")
+    cache_teacher: bool = flag(True, "keep the teacher's hidden states in --cache-dir")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -214,7 +216,7 @@ def check_arguments(args: CommonArguments) -> None:
         (args.lora_rank and not find_spec("peft"), '--lora-rank needs pip install -e ".[lora]"'),
         (tracker not in {"none", *known} - {"all"}, f"--report-to: unknown tracker {tracker}"),
         (tracker not in ("none", *installed), f"--report-to {tracker} needs pip install {install}"),
-        (not Path(args.chat_template or ".").exists(), f"no --chat-template {args.chat_template}"),
+        (not Path(args.chat_template or ".").exists(), f"--chat-template: no {args.chat_template}"),
     ):
         if wrong:
             raise UsageError(message)
@@ -347,16 +349,14 @@ def _as_conversation(record: Any, source: str) -> Conversation:
         raise ValueError("a row must be an object with named columns")
     record = {key: value for key, value in record.items() if value is not None}
     turns = record.get("messages", record.get("conversations"))
-    with_answer = turns is not None  # else a column of its own holds the answer
+    turns_hold_answer = turns is not None  # else a column of its own holds the answer
     if turns is None and "instruction" in record:
         parts = [_as_text(record[k]) for k in ("instruction", "input") if record.get(k)]
         turns = "\n\n".join(parts)
     turns = record.get("prompt") if turns is None else turns
     if turns is None:
-        raise ValueError(
-            "no column messages, conversations, prompt or instruction that is not null"
-        )
-    if isinstance(turns, str) and not with_answer:
+        raise ValueError("columns messages, conversations, prompt, instruction are missing or null")
+    if isinstance(turns, str) and not turns_hold_answer:
         turns = [{"role": "user", "content": turns}]
     if not isinstance(turns, list):
         raise ValueError(f"a prompt must be a string or a list, not {type(turns).__name__}")
@@ -364,7 +364,7 @@ def _as_conversation(record: Any, source: str) -> Conversation:
     answer = next((record[k] for k in ("completion", "response", "output") if k in record), None)
     if isinstance(answer, list) and len(answer) == 1:
         answer = _as_message(answer[0])["content"]
-    if with_answer and messages and messages[-1]["role"] == "assistant":
+    if turns_hold_answer and messages and messages[-1]["role"] == "assistant":
         answer = messages.pop()["content"]
     if not messages or messages[-1]["role"] == "assistant":
         raise ValueError("there is no turn to answer, or two assistant turns follow each other")
@@ -398,13 +398,13 @@ def _as_text(value: Any) -> str:
 
 
 def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversation]]:
-    """Training and evaluation conversations, which share no row."""
+    """Training and evaluation conversations; rows that are held out here are not trained on."""
     rows = load_conversations(args.dataset, args.dataset_config, args.dataset_split, args.max_rows)
     unanswered = next((c for c in rows if c.response is None), None)
     if args.completions == "dataset" and unanswered:
         raise UsageError(f"{unanswered.source}: no assistant turn for --completions dataset")
     eval_dataset = args.eval_dataset
-    if eval_dataset is None and args.dataset == CommonArguments.dataset:
+    if eval_dataset is None and Path(args.dataset).resolve() == DATA / "train.jsonl":
         eval_dataset = str(DATA / "eval.jsonl")
     if eval_dataset is not None:
         return rows, load_conversations(eval_dataset, max_rows=args.eval_size or 1000)
@@ -434,7 +434,7 @@ class Head(NamedTuple):
     softcap: float | None = None
 
     def cast(self, dtype: torch.dtype, device: torch.device) -> Head:
-        """The weight in the dtype that `matmul_fp32` uses for hidden states of `dtype`."""
+        """With its weight converted once: to `dtype` on CUDA, to float32 or wider elsewhere."""
         if device.type != "cuda":  # no half-precision product with a float32 result there
             dtype = torch.promote_types(
                 dtype, torch.promote_types(torch.float32, self.weight.dtype)
@@ -449,7 +449,7 @@ class Head(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def backward(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
-        """Gradient at the logits to gradient before scale and softcap (n, V)."""
+        """The gradient (n, V) at the logits to that before scale and softcap."""
         if self.softcap is not None:  # the only use of `logits`
             gradient = gradient * (1 - (logits / self.softcap).square())
         return gradient if self.scale == 1.0 else gradient * self.scale
@@ -468,7 +468,7 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Logits:
-    """Logits (N, V) that are computed where they are indexed, `logits[rows]`, and never whole."""
+    """Logits (N, V) computed chunk by chunk: `logits[rows]` computes only those rows."""
 
     hidden: Tensor  # (N, d), at the positions that predict N targets
     head: Head
@@ -477,7 +477,7 @@ class Logits:
         return self.head.logits(self.hidden[rows])
 
     def cast(self) -> Logits:
-        """With the head's weight converted once instead of at every index."""
+        """With the head's weight converted once instead of for every chunk."""
         return Logits(self.hidden, self.head.cast(self.hidden.dtype, self.hidden.device))
 
     def chunks(self) -> list[slice]:
@@ -486,7 +486,7 @@ class Logits:
 
 
 def chunks(tokens: int, width: int, device: torch.device) -> list[slice]:
-    """Rows of a (tokens, width) array in parts that on a CPU stay near the caches."""
+    """Rows of a (tokens, width) array in parts of 2²³ elements on a CPU (115 MB in the loss)."""
     size = max(16, (2**23 if device.type == "cpu" else 2**26) // width)
     return [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]
 
@@ -503,7 +503,7 @@ class LanguageModel:
     device: torch.device
     digest: str  # identifies weights, configuration and tokenizer
     load: Callable[[LanguageModel], PreTrainedModel]
-    states_dir: Path | None = None  # where its head and hidden states are cached, if they are
+    states_dir: Path | None = None  # cache of its head and hidden states; None: not cached
     cached_head: Head | None = None  # used while the model is not loaded
     adapters: Any = None  # peft's wrapper of `model`, if LoRA is trained
 
@@ -564,7 +564,7 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Eval mode without gradients; ends gradient checkpointing, which disables the KV cache."""
+        """Eval mode, without gradients and gradient checkpointing (which allows no KV cache)."""
         training = self.model.training
         self.model.eval()
         try:
@@ -620,8 +620,8 @@ class Pair(NamedTuple):
 
 
 def end_of_turn_ids(tokenizer: Tokenizer, *configs: Any) -> list[int]:
-    """Every id that ends a response: the special token that the chat template prints after an
-    answer, then what tokenizer and configurations declare."""
+    """The ids that end a response: first the special token that the chat template prints after an
+    answer, then the end tokens of tokenizer and configurations."""
     turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
     after = tokenize(tokenizer, render(tokenizer, turns).rpartition("answer")[2])[0]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -645,13 +645,13 @@ def load_tokenizer(name: str, revision: str, template_file: str | None) -> Token
 def open_model(
     args: CommonArguments, device: torch.device, role: str, template: str | None = None
 ) -> LanguageModel:
-    """The student or the teacher, whichever `role` names, its weights not loaded yet.
+    """The model of `role`, "student" or "teacher", without loading its weights.
 
-    A base model without a chat template takes `template`.
+    `template` is used if it has no chat template, as base models have not.
     """
-    teaches = role == "teacher"
-    name, revision = getattr(args, role), args.teacher_revision if teaches else args.revision
-    dtype = args.teacher_dtype if teaches else args.dtype
+    is_teacher = role == "teacher"
+    name, revision = getattr(args, role), args.teacher_revision if is_teacher else args.revision
+    dtype = args.teacher_dtype if is_teacher else args.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     tokenizer = load_tokenizer(name, revision, args.chat_template)
@@ -669,13 +669,15 @@ def open_model(
         raise UsageError(f"{name}: neither its chat template nor its tokenizer has an end token")
 
     def load(model: LanguageModel) -> PreTrainedModel:
-        weights = load_weights(model, args, revision, dtype if teaches else "float32")
-        return weights.requires_grad_(not teaches)
+        weights = load_weights(model, args, revision, dtype if is_teacher else "float32")
+        return weights.requires_grad_(not is_teacher)
 
     compute = getattr(torch, dtype)
     model = LanguageModel(name, tokenizer, config, ends, compute, device, digest, load)
     if model.max_positions and args.max_length > model.max_positions:
-        raise UsageError(f"--max-length {args.max_length}: {name} stops at {model.max_positions}")
+        raise UsageError(
+            f"--max-length {args.max_length}: {name} has {model.max_positions} positions"
+        )
     return model
 
 
@@ -694,13 +696,13 @@ def load_weights(
             ignore_mismatched_sizes=True,  # they are reported, and refused below by name
             output_loading_info=True,
         )
-    if random := [*sorted(report["missing_keys"]), *(k for k, *_ in report["mismatched_keys"])]:
+    if missing := [*sorted(report["missing_keys"]), *(k for k, *_ in report["mismatched_keys"])]:
         raise UsageError(
-            f"{model.name} lacks {len(random)} tensors of the shape that its config.json asks for, "
-            f"which would be random; the first is {random[0]}"
+            f"{model.name} lacks {len(missing)} tensors of the shape that its config.json asks for "
+            f"(they would be random); the first is {missing[0]}"
         )
     weights = weights.to(model.device).eval()
-    check_head(dataclasses.replace(model, load=lambda _: weights))
+    check_head(dataclasses.replace(model, load=lambda _: weights))  # a copy that is loaded
     return weights
 
 
@@ -719,8 +721,8 @@ def check_head(model: LanguageModel) -> None:
     difference = (expected - logits).abs().max() / expected.abs().max().clamp_min(1e-6)
     if not difference <= tolerance:
         raise UsageError(
-            f"{model.name} ({type(model.model).__name__}) changes its logits in a way that this "
-            f"suite does not know (relative difference {difference:.2g})"
+            f"{model.name} ({type(model.model).__name__}) computes its logits in a way that "
+            f"this suite does not know (relative difference {difference:.2g})"
         )
 
 
@@ -770,7 +772,7 @@ def digest_of_model(name: str, revision: str) -> str:
 
 # ----------------------------------------------------------------------------- tokens and masks
 
-# Llama 3.2's template prints today's date, with which tomorrow's prompts would not be cached.
+# Llama 3.2's template prints today's date, which would change every cache key each day.
 FIXED_DATE = "26 Jul 2024"
 _FIXED_CLOCK = "{% macro strftime_now(format) %}" + FIXED_DATE + "{% endmacro %}"
 
@@ -806,7 +808,7 @@ class Completion(NamedTuple):
 class Example:
     """A prompt with its answer as each model reads it.
 
-    With one vocabulary the targets' ids are the same for both models; otherwise their text is.
+    With one vocabulary the targets have the same ids for both models, with two only the same text.
     """
 
     index: int  # identifies the example in its list
@@ -848,8 +850,8 @@ def assistant_spans(tokenizer: Tokenizer, messages: Messages) -> tuple[str, Span
     """The rendered conversation, and the character spans in it that the assistant wrote.
 
     They come from the template's `{% generation %}` marks, else from rendering every prefix. Some
-    templates rewrite earlier turns (they drop reasoning, for example); then a prefix rendered alone
-    is not a prefix of the whole, what the model would have read is unknown, and it is an error.
+    templates rewrite earlier turns (they drop reasoning, for example), so that a prefix rendered
+    alone is not a prefix of the whole. Then the spans cannot be located: `UsageError`.
     """
     if "generation" in tokenizer.chat_template.replace("add_generation_prompt", ""):
         text, spans = _render(tokenizer, messages, return_assistant_tokens_mask=True)
@@ -860,7 +862,9 @@ def assistant_spans(tokenizer: Tokenizer, messages: Messages) -> tuple[str, Span
         if message["role"] == "assistant":
             before = render(tokenizer, messages[:i], prompt=True)
             after = render(tokenizer, messages[: i + 1])
-            if not (text.startswith(before) and text.startswith(after) and before < after):
+            if not (
+                text.startswith(before) and text.startswith(after) and len(before) < len(after)
+            ):
                 raise UsageError(
                     f"the chat template rewrites earlier turns, so assistant turn {i + 1} cannot "
                     "be located: use --completions teacher, or a template with generation marks"
@@ -876,7 +880,7 @@ def tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], Spans]:
 
 
 def tokenize_conversation(model: LanguageModel, messages: Messages) -> Tokens:
-    """All of the conversation; every assistant turn is a target, its end-of-turn token included."""
+    """The conversation; all tokens of assistant turns are targets, end-of-turn tokens included."""
     text, spans = assistant_spans(model.tokenizer, messages)
     ids, offsets = tokenize(model.tokenizer, text)
     # Some tokenizers leave leading spaces out of offsets, so a token begins where the last ended.
@@ -898,7 +902,7 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
     """Each conversation up to and including the cue for an answer, in both models' templates.
 
     Prompts of `limit` tokens or more, which leave no room for an answer, are left out and counted.
-    For an API teacher, which tokenises for itself, the student's ids stand in.
+    For an API teacher, which tokenises for itself, both fields hold the student's ids.
     """
 
     def ids_for(model: LanguageModel) -> list[list[int]]:
@@ -1015,8 +1019,8 @@ def _with_response(prompt_ids: list[int], response_ids: list[int]) -> Tokens:
 
 
 def _cut(sides: Sequence[Tokens], max_length: int, same_targets: bool) -> list[Tokens]:
-    """Both sequences without what lies beyond `max_length`; with one vocabulary they keep the same
-    targets, as many as the longer prompt leaves room for."""
+    """Both sequences truncated to `max_length`; with one vocabulary they keep equally many targets,
+    as many as the longer prompt leaves room for."""
     counts = [sum(i < max_length for i in side.targets) for side in sides]
     counts = [min(counts)] * 2 if same_targets else counts
     return [
@@ -1032,19 +1036,23 @@ def collate(examples: Sequence[Tokens], device: torch.device, pad_id: int = 0) -
     counts = torch.tensor([len(e.targets) for e in examples], dtype=torch.long)
     of_target = torch.repeat_interleave(torch.arange(len(examples)), counts)  # (N,)
     positions = torch.tensor([i for e in examples for i in e.targets], dtype=torch.long)  # (N,)
-    parts = [ids, of_target, positions - 1, ids[of_target, positions]]
-    if device.type == "cuda":
-        parts = [p.pin_memory().to(device, non_blocking=True) for p in parts]
-    return Batch(*parts)
+    parts = (ids, of_target, positions - 1, ids[of_target, positions])
+    return Batch(*(to_device(part, device) for part in parts))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, for which a GPU does not make the host wait."""
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
 
 
 def my_share(items: Sequence[Item]) -> Sequence[Item]:
-    """Every n-th item, for one of n processes."""
+    """This process's items: every n-th of n processes, starting at its index."""
     return items[PartialState().process_index :: PartialState().num_processes]
 
 
 def global_batch(items: Sequence[Item], args: CommonArguments, step: int) -> list[Item]:
-    """What a step learns from: a function of (seed, step), each epoch in another order."""
+    """The examples of an optimizer step; the seed determines another order for each epoch."""
     places = range(step * args.batch_size, (step + 1) * args.batch_size)
     size = len(items)
     return [items[_order(args.seed, place // size, size)[place % size]] for place in places]
@@ -1058,7 +1066,7 @@ def _order(seed: int, epoch: int, size: int) -> list[int]:
 def split_micro_batches(
     batch: list[Example], args: CommonArguments
 ) -> tuple[list[list[Example]], int]:
-    """This process's micro-batches of a global batch, and the target tokens of all of it (or 1).
+    """This process's micro-batches, and the global batch's number of target tokens (at least 1).
 
     Micro-batches hold examples of similar length, to carry little padding; every process gets
     equally many of them, and the last one may be empty.
@@ -1086,7 +1094,7 @@ def length_batches(
 
 
 def uniforms(seeds: Sequence[int], positions: int) -> Tensor:
-    """Numbers in [0, 1), (rows, positions), each a function of (row's seed, position): splitmix64.
+    """Numbers in [0, 1), (rows, positions); a row depends on its seed alone (splitmix64).
 
     Made on the CPU for a whole batch at once, in float64, which not every device has.
     """
@@ -1206,10 +1214,10 @@ def cached_completions(
 ) -> list[Completion]:
     """One completion for each prompt, from a file under --cache-dir; `write` makes missing ones.
 
-    The file is named after the teacher's `identity` and the sampling settings, its lines after what
-    was `asked`, so data sets that overlap share them. `write(missing, record)` gets the place of
-    each missing key in `prompts`, and `record(key, completion)` appends a line at once, so that an
-    interrupted run loses none.
+    The file is named after a hash of the teacher's `identity` and the sampling settings; a line's
+    key is a hash of what was `asked`, so data sets that overlap share lines. `write(missing,
+    record)` gets the place of each missing key in `prompts` and calls `record(key, completion)`,
+    which appends a line at once, so that an interrupted run loses none.
     """
     seed, top_p = (args.seed, top_p) if temperature else (0, 1.0)  # greedy text needs neither
     settings = repr((identity, temperature, top_p, args.max_new_tokens, seed))
@@ -1223,7 +1231,7 @@ def cached_completions(
         known = _read_completions(path)
         missing = {key: i for i, key in enumerate(keys) if key not in known}
         mine = dict(my_share(list(missing.items())))
-        PartialState().wait_for_everyone()  # nobody writes before all have read
+        PartialState().wait_for_everyone()  # all must divide the same missing keys
         began, tokens = time.perf_counter(), 0
         # One unbuffered write for each line, so that processes that append do not mix their lines.
         with (
@@ -1264,7 +1272,7 @@ def _read_completions(path: Path) -> dict[str, Completion]:
 
 @contextlib.contextmanager
 def exclusive(lock: Path) -> Iterator[None]:
-    """One run at a time holds the lock; its processes hold it together."""
+    """A lock between runs: a run's main process takes it, and its other processes wait for that."""
     state = PartialState()
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock) if state.is_main_process else contextlib.nullcontext():
@@ -1297,8 +1305,8 @@ class TeacherHiddenStates:
 
     With --cache-teacher they are computed once, before training, into one safetensors file for each
     batch. A tensor's name follows from its example's exact ids and targets, so data sets that
-    overlap share it. The run that fills the cache reads it too: every run on the same text gets the
-    same bits, whatever its temperature or divergence, and loads no backbone.
+    overlap share it. Every run reads the cached values, even the one that wrote them, so that runs
+    on the same text get the same bits whatever their divergence; later runs load no backbone.
     """
 
     def __init__(self, teacher: LanguageModel, examples: Sequence[Example], purpose: str) -> None:
@@ -1319,17 +1327,12 @@ class TeacherHiddenStates:
 
     def __call__(self, examples: Sequence[Example], live: bool = False) -> Tensor:
         """Hidden states (N, d) on the teacher's device, at the N targets of the examples."""
-        device = self.teacher.device
         if live or self.directory is None:
             return teacher_hidden_states(self.teacher, examples)
+        width, dtype = self.teacher.head().weight.shape[1], self.teacher.compute_dtype
         parts = [self._read(self.keys[e.index]) for e in examples]
-        width = self.teacher.head().weight.shape[1]
-        hidden = torch.empty(
-            sum(map(len, parts)), width, dtype=self.teacher.compute_dtype,
-            pin_memory=device.type == "cuda",
-        )  # fmt: skip
-        torch.cat([hidden[:0], *parts], out=hidden)
-        return hidden.to(device, non_blocking=True)
+        hidden = torch.cat([torch.empty(0, width, dtype=dtype), *parts])
+        return to_device(hidden, self.teacher.device)
 
     def _read(self, key: str) -> Tensor:
         path = self.files[key]
@@ -1346,7 +1349,7 @@ class TeacherHiddenStates:
         return files
 
     def _fill(self, examples: dict[str, Example], purpose: str) -> None:
-        """Compute the batches that lack a tensor, and write what they lack.
+        """Compute each batch with a missing tensor, and write the missing tensors.
 
         Batches follow from the text alone and are computed whole, so that a run that was killed
         here ends with the same bits as one that was not.
@@ -1401,7 +1404,8 @@ def softmax_with_temperature(logits: Tensor, temperature: float = 1.0) -> Tensor
 
 
 class Objective(NamedTuple):
-    """A target token's loss: T² · D_T(teacher, student) + ce_weight · cross-entropy at T = 1."""
+    """A target token's loss: T² · D_T(teacher, student) + ce_weight · cross-entropy at T = 1, with
+    the divergences D that `divergence` lists."""
 
     kl: str = "forward"  # forward | reverse | jsd
     jsd_beta: float = 0.5
@@ -1499,11 +1503,11 @@ def chunked_loss(
 ) -> tuple[Tensor, Tensor]:
     """A loss of N x V logits that never holds them whole.
 
-    A piece's logits (n, V) are made, `loss_and_gradient(logits, piece)` takes the loss *and its
-    gradient*, and they are dropped.
+    For each piece it computes the logits (n, V), calls `loss_and_gradient(logits, piece)`, which
+    returns the loss *and its gradient*, and frees the logits.
 
     Args:
-        pieces: the rows of each piece, and what `loss_and_gradient` is to know of it.
+        pieces: pairs of a slice of rows and the second argument of `loss_and_gradient`.
         loss_and_gradient: returns the sums (2,) of the loss and of the divergence without T², and
             the gradient (n, V) of the loss with respect to the logits, which it may overwrite.
 
@@ -1519,10 +1523,8 @@ def chunked_loss(
 def distillation_loss(
     student: Logits, targets: Tensor, objective: Objective, teacher: Logits | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The objective summed over N target tokens with ids `targets` (N,): see `chunked_loss`.
-
-    Without a teacher it is cross-entropy alone.
-    """
+    """The objective summed over N target tokens with ids `targets` (N,); without a teacher it is
+    cross-entropy alone. Returns what `chunked_loss` returns."""
     t, ce_weight = objective.temperature, objective.ce_weight
     teacher = teacher and teacher.cast()
 
@@ -1568,7 +1570,7 @@ SCORES = {
     "response_tokens": ("response_tokens", "prompts"),
     "cut_off": ("cut_off", "prompts"),
 }
-# The scores of which a gap to the teacher can be recovered, and the sign of an improvement.
+# Scores compared with the teacher's; the sign says whether higher is better.
 GAPS = {"kl_to_teacher": -1, "top1_agreement": 1, "exact_match": 1, "error_rate": -1}
 
 
@@ -1592,8 +1594,8 @@ class Evaluator:
             for t, kind in ((0.0, "greedy"), (1.0, "sampled"))
         )
         self.args, self.student = args, pair.student
-        self.ends = {i for model in pair for i in getattr(model, "end_ids", ())}
-        self.comparable = pair.same_vocabulary
+        self.comparable = pair.same_vocabulary  # then the student reads the teacher's ids
+        self.shared_ends = teacher.end_ids if self.comparable else []
         self.references = [
             p.conversation.references or [c.text] for p, c in zip(prompts, greedy, strict=True)
         ]
@@ -1642,11 +1644,13 @@ class Evaluator:
     def _add_likelihoods(
         self, tallies: dict[int, Tally], i: int, model: LanguageModel, logits: Logits | None = None
     ) -> None:
-        """What the model thinks of batch `i` of the teacher's samples; the teacher by default."""
+        """Add a model's likelihoods of batch `i` of the teacher's samples; the teacher's own if it
+        is given no logits."""
         batch, theirs = self.batches[i], None
         if logits is None or self.comparable:
             theirs = self.teacher_logits[i]
             theirs = Logits(theirs.hidden.to(model.device), theirs.head)
+        ends = {*model.end_ids, *self.shared_ends}
         sides = [e.student if model is self.student else e.teacher for e in batch]
         targets = collate(sides, model.device).targets
         values = compare(logits or theirs, targets, theirs if self.comparable else None)
@@ -1658,7 +1662,7 @@ class Evaluator:
             tally |= {"tokens": counts[j], "nats": -logprobs[j].sum().item()}
             # The text alone, without its end token; decoded after the prompt, because some
             # tokenizers strip what text begins with.
-            count = counts[j] - bool(side.targets and side.ids[-1] in self.ends)
+            count = counts[j] - bool(side.targets and side.ids[-1] in ends)
             start = len(side.ids) - counts[j]
             texts = side.ids[:start], side.ids[: start + count]
             before, after = (len(model.tokenizer.decode(ids).encode()) for ids in texts)
@@ -1734,7 +1738,7 @@ def gap_recovered(before: list[Tally], after: list[Tally], teacher: list[Tally])
 
 # -------------------------------------------------------------------------------- run directory
 
-# What a resumed run may change: where and how often it writes, not what the student learns from.
+# Flags that may differ on --resume: they change nothing that the student learns from.
 FLAGS_FREE_ON_RESUME = {
     "output_dir", "overwrite", "resume", "cache_dir", "save_steps", "save_total_limit",
     "eval_steps", "logging_steps", "generation_batch_size", "report_to",
@@ -1742,10 +1746,10 @@ FLAGS_FREE_ON_RESUME = {
 
 
 def start(script: str, args: CommonArguments) -> Accelerator:
-    """Start processes and device through accelerate; refuse directories that cannot be used."""
+    """Set up accelerate, and refuse directories that cannot be used."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # It warns of tied weights at every checkpoint, although loading ties them again.
+    # accelerate warns of tied weights at every checkpoint, although loading ties them again.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     accelerator = Accelerator(mixed_precision="no")  # LanguageModel.backbone enters autocast
     for name, path in (
@@ -1762,7 +1766,9 @@ def start(script: str, args: CommonArguments) -> Accelerator:
         elif not args.overwrite:
             raise UsageError(f"--output-dir {directory} is not empty: add --overwrite or --resume")
         elif not (directory / "args.json").is_file():
-            raise UsageError(f"--overwrite would remove {directory}, which holds no run of ours")
+            raise UsageError(
+                f"--overwrite would remove {directory}, which is no run directory (no args.json)"
+            )
     torch.manual_seed(args.seed)  # for the initial weights of adapters
     return accelerator
 
@@ -1776,7 +1782,8 @@ def check_resume(directory: Path, script: str, args: CommonArguments) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     for name in now.keys() - FLAGS_FREE_ON_RESUME:
         if (was := before.get(name, defaults.get(name))) != now[name]:
-            raise UsageError(f"{refused}: it began with {as_flag(name)} {was}, not {now[name]}")
+            shown = as_flag(name) if name in vars(args) else name
+            raise UsageError(f"{refused}: it began with {shown} {was}, not {now[name]}")
     if (directory / "results.json").exists():
         raise UsageError(f"{refused}: it is finished")
 
@@ -1806,12 +1813,12 @@ def make_optimizer(model: nn.Module, args: CommonArguments) -> torch.optim.Optim
 def reduce_gradients(
     accelerator: Accelerator, module: nn.Module, now: bool
 ) -> contextlib.AbstractContextManager[None]:
-    """Processes add up their gradients once for each step, in its last micro-batch."""
+    """Gradients are synchronised between processes only in a step's last micro-batch."""
     return contextlib.nullcontext() if now else accelerator.no_sync(module)
 
 
 class Run:
-    """A run's directory and progress: what was asked, what was measured, what came out."""
+    """Run directory, metrics, checkpoints and results of one run."""
 
     def __init__(
         self, script: str, args: CommonArguments, accelerator: Accelerator, evaluator: Evaluator
@@ -1829,7 +1836,7 @@ class Run:
                 write_json(self.directory / "args.json", all_arguments(script, args))
             print(f"run directory: {self.directory}")
         self.directory = broadcast_object_list([self.directory])[0]
-        self.checkpoint = next(reversed(self._checkpoints()), None)
+        self.checkpoint = next(reversed(self._checkpoints()), None) if args.resume else None
         # What a checkpoint holds beside weights, optimizer and random state.
         self.state = {"step": 0, "lines": 0, "seconds": 0.0, "before": None}
         if self.checkpoint is not None:
@@ -1848,7 +1855,7 @@ class Run:
             self._write_scores(0, self.state["before"])
 
     def _claim(self) -> Path:
-        """Create the directory in a way that no run side by side gets the same."""
+        """Create the directory atomically, so that two runs never share one."""
         flags = [
             f"{name.replace('_', '-')}-{Path(str(value)).name}"
             for name, value in changed_flags(self.args).items()
@@ -1856,8 +1863,8 @@ class Run:
         ]
         named = self.args.output_dir
         base = Path(named or "runs/" + "-".join([self.script, *flags])[:180])
-        if named and self.args.overwrite:
-            shutil.rmtree(base, ignore_errors=True)
+        if named and self.args.overwrite and base.exists():
+            shutil.rmtree(base)
         for number in itertools.count(1):
             directory = base if number == 1 else base.with_name(f"{base.name}-{number}")
             with contextlib.suppress(FileExistsError):
@@ -1873,7 +1880,7 @@ class Run:
         return usage_error(f"the checkpoint {self.checkpoint} is corrupt, {advice}", Exception)
 
     def _cut_back(self) -> None:
-        """Remove what was written after the checkpoint, partial lines and checkpoints too."""
+        """Remove what was written after the checkpoint, and incomplete checkpoints."""
         for directory in self.directory.glob("checkpoints/step-*"):
             if not (directory / "state.json").exists():
                 shutil.rmtree(directory)
@@ -1883,7 +1890,7 @@ class Run:
             metrics.write_bytes(b"".join(lines))
 
     def resume(self, steps: int) -> int:
-        """Load the newest checkpoint, if any, into what accelerate has prepared; the first step.
+        """Load the newest checkpoint, if any; returns the first step to run.
 
         From here to the last `save`, SIGTERM and Ctrl-C end the run with a checkpoint.
         """
@@ -1903,7 +1910,7 @@ class Run:
     def _note_signal(self, number: int, _: Any) -> None:
         """Signal handler: `save` ends the run after the present step; a second signal, at once."""
         self.signal = number
-        sys.stdout = sys.stderr  # a reader of the pipe has often died of the same Ctrl-C
+        sys.stdout = sys.stderr  # stdout may be a pipe whose reader got the same Ctrl-C
         default_signals()
 
     def begin(self, step: int, optimizer: torch.optim.Optimizer) -> None:
@@ -1998,7 +2005,9 @@ class Run:
             write_json(path / "state.json", self.state)
             limit = self.args.save_total_limit
             for old in self._checkpoints()[:-limit] if limit else ():
-                (old / "state.json").unlink()  # first, so that a cut leaves no partial checkpoint
+                (
+                    old / "state.json"
+                ).unlink()  # first, so that an interruption leaves no partial checkpoint
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
@@ -2061,7 +2070,11 @@ def default_signals() -> None:
 
 def save_student(student: LanguageModel, directory: Path, card: str) -> None:
     """Model (adapters merged), tokenizer with its template, and card."""
-    student.model.generation_config.eos_token_id = student.end_ids
+    config = student.model.generation_config
+    config.eos_token_id = student.end_ids
+    if not config.do_sample:  # save_pretrained refuses sampling settings of a greedy model
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            setattr(config, name, None)
     if student.adapters is not None:
         student.adapters.merge_and_unload()
     student.model.save_pretrained(directory)
@@ -2070,7 +2083,7 @@ def save_student(student: LanguageModel, directory: Path, card: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Written under another name and renamed, so that a cut leaves the old file or the new one."""
+    """Write beside and rename, so that an interruption leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -329,11 +329,6 @@ BOUNDARY = 0  # `boundary_context`
 UNMATCHED = -1  # nothing to compare: the student learns the token by cross-entropy
 
 
-def to_device(t: Tensor, device: torch.device) -> Tensor:
-    """A copy of a CPU tensor, made without waiting for the device."""
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
-
-
 @dataclass
 class Piece:
     """A part of a batch whose logits exist at one time.
@@ -424,11 +419,11 @@ class Alignments:
         rows = contexts if any(contexts) else [BOUNDARY]  # one row, expanded below
         default = torch.tensor([[self.contexts[c].default[side]] for c in rows])
         size = len(self.vocabularies[side].tokens)
-        result = to_device(default, self.device).expand(-1, size).contiguous()
+        result = common.to_device(default, self.device).expand(-1, size).contiguous()
         tables = [self.tables[c][side] for c in rows]
         lengths = torch.tensor([table.shape[1] for table in tables])
         ids, outcomes = torch.cat(tables, 1)
-        result[to_device(torch.repeat_interleave(lengths), self.device), ids] = outcomes
+        result[common.to_device(torch.repeat_interleave(lengths), self.device), ids] = outcomes
         return result.expand(len(contexts), -1)
 
     def report(self) -> dict[str, float]:
@@ -498,7 +493,7 @@ def piece_loss(
     theirs = common.softmax_with_temperature(teacher_logits, t)
     divergence = logits.new_zeros(())
     for group in (pairs[pairs[:, 2] == BOUNDARY], pairs[pairs[:, 2] > BOUNDARY]):
-        rows = to_device(group[:, :2], logits.device)
+        rows = common.to_device(group[:, :2], logits.device)
         student, teacher = ours[rows[:, 0]], theirs[rows[:, 1]]  # (P, V), (P, V')
         if loss == "uld":
             student, teacher = (p.topk(top_k).values for p in (student, teacher))
@@ -514,16 +509,16 @@ def piece_loss(
         logprobs = common.log_softmax_with_temperature(logits)
         nats = -logprobs.gather(1, targets[:, None])[:, 0]  # (n,)
         total = total + ce_weight * nats.sum()
-        total = total + nats[to_device(unmatched, logits.device)].sum()
+        total = total + nats[common.to_device(unmatched, logits.device)].sum()
     return total, divergence
 
 
 class CrossTokenizerLoss(nn.Module):
-    """The student and its loss in one `forward`, which is what DDP and FSDP wrap."""
+    """The student and its loss in one `forward`, through which DDP synchronises gradients."""
 
     def __init__(self, student: LanguageModel, teacher_head: Head, alignments: Alignments) -> None:
         super().__init__()
-        self.trained = student.model
+        self.trained = student.model  # registers its parameters
         self.student, self.teacher_head, self.alignments = student, teacher_head, alignments
 
     def forward(
@@ -571,12 +566,12 @@ def main(args: Arguments) -> None:
         run.begin(step, optimizer)
         batch = common.global_batch(examples, args, step)
         micro_batches, tokens = common.split_micro_batches(batch, args)
-        sums = 0.0
+        sums = 0.0  # (2,): loss, divergence
         for micro_batch in micro_batches:
             inputs = common.collate([e.student for e in micro_batch], accelerator.device)
             with common.reduce_gradients(accelerator, module, micro_batch is micro_batches[-1]):
                 loss, parts = module(inputs, teacher_hidden(micro_batch), alignments(micro_batch))
-                # DDP averages over processes, so their number restores the sum.
+                # DDP averages gradients over processes: times their number gives the sum.
                 accelerator.backward(loss * (accelerator.num_processes / tokens))
             sums += parts
             del loss  # frees the graph before the next one is made
@@ -584,9 +579,9 @@ def main(args: Arguments) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-        loss, kl = accelerator.reduce(sums / tokens)
+        mean_loss, kl = accelerator.reduce(sums / tokens, "sum")
         lr = optimizer.param_groups[0]["lr"]
-        numbers = {"train/loss": loss, "train/kl": kl, "optim/lr": lr, "optim/grad_norm": norm}
+        numbers = {"train/loss": mean_loss, "train/kl": kl, "optim/lr": lr, "optim/grad_norm": norm}
         run.log(step + 1, tokens, numbers, micro_batches)
         run.evaluate(step + 1)
         run.save(step + 1)

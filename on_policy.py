@@ -93,13 +93,13 @@ class Arguments(token_level.Arguments):
 
 
 class OnPolicyLoss(nn.Module):
-    """The student and its loss in one `forward`, which is what DDP and FSDP wrap."""
+    """The student and its loss in one `forward`, through which DDP synchronises gradients."""
 
     def __init__(
         self, student: LanguageModel, teacher_head: Head, objective: Objective, estimator: str
     ) -> None:
         super().__init__()
-        self.trained = student.model
+        self.trained = student.model  # registers its parameters
         self.student, self.teacher_head = student, teacher_head
         self.objective, self.estimator = objective, estimator
 
@@ -344,7 +344,7 @@ def main(args: Arguments) -> None:
             theirs = teacher_hidden(micro_batch, live=on_policy)
             with common.reduce_gradients(accelerator, module, micro_batch is micro_batches[-1]):
                 loss, parts = module(inputs, theirs, on_policy)
-                # DDP averages over processes, so their number restores the sum.
+                # DDP averages gradients over processes: times their number gives the sum.
                 accelerator.backward(loss * (accelerator.num_processes / tokens))
             sums += parts
             del loss  # frees the graph before the next one is made
@@ -352,11 +352,11 @@ def main(args: Arguments) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-        loss, kl, *entropy = accelerator.reduce(sums / tokens)
+        mean_loss, kl, *entropy = accelerator.reduce(sums / tokens, "sum")
         if on_policy:
             extra |= monitor.note(extra["rollout/response_tokens"], entropy)
         lr = optimizer.param_groups[0]["lr"]
-        numbers = {"train/loss": loss, "train/kl": kl, "optim/lr": lr, "optim/grad_norm": norm}
+        numbers = {"train/loss": mean_loss, "train/kl": kl, "optim/lr": lr, "optim/grad_norm": norm}
         numbers[f"train/kl_on_{'own' if on_policy else 'teacher'}_text"] = kl
         run.log(step + 1, tokens, numbers | extra, micro_batches)
         for line in monitor.warnings(step):

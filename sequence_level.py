@@ -114,7 +114,7 @@ class Arguments(CommonArguments):
 
 
 class SequenceLevelLoss(nn.Module):
-    """The student and its loss in one `forward`, which is what DDP and FSDP wrap."""
+    """The student and its loss in one `forward`, through which DDP synchronises gradients."""
 
     def __init__(self, student: LanguageModel) -> None:
         super().__init__()
@@ -402,7 +402,7 @@ def main(args: Arguments) -> None:
             inputs = common.collate([e.student for e in micro_batch], accelerator.device)
             with common.reduce_gradients(accelerator, module, micro_batch is micro_batches[-1]):
                 loss, part = module(inputs)
-                # DDP averages over processes, so their number restores the sum.
+                # DDP averages gradients over processes: times their number gives the sum.
                 accelerator.backward(loss * (accelerator.num_processes / tokens))
             total += part
             del loss  # frees the graph before the next one is made
@@ -410,8 +410,8 @@ def main(args: Arguments) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-        loss, lr = accelerator.reduce(total / tokens), optimizer.param_groups[0]["lr"]
-        numbers = {"train/loss": loss, "optim/lr": lr, "optim/grad_norm": norm}
+        mean_loss, lr = accelerator.reduce(total / tokens, "sum"), optimizer.param_groups[0]["lr"]
+        numbers = {"train/loss": mean_loss, "optim/lr": lr, "optim/grad_norm": norm}
         run.log(step + 1, tokens, numbers, micro_batches)
         run.evaluate(step + 1)
         run.save(step + 1)

@@ -37,13 +37,11 @@ class Arguments(CommonArguments):
         "forward", "forward: KL(teacher ‖ student); reverse: KL(student ‖ teacher); jsd: between"
     )
     jsd_beta: float = flag(0.5, "the teacher's share of the jsd mixture, strictly inside (0, 1)")
-    skew: float = flag(
-        0.0, "mix this share of the first distribution into the second (DistiLLM: 0.1; 0: off)"
-    )
+    skew: float = flag(0.0, "mix this share of p into q in KL(p ‖ q) (DistiLLM: 0.1; 0: off)")
     ce_weight: float = flag(0.0, "weight of cross-entropy on the text's own tokens")
 
     def objective(self) -> Objective:
-        """The divergence and its weights; `UsageError` for values where it degenerates."""
+        """The divergence and its weights; `UsageError` for values out of range."""
         if not 0 < self.jsd_beta < 1:
             raise common.UsageError(
                 "--jsd-beta must lie inside (0, 1): its ends are --kl forward and reverse"
@@ -56,15 +54,15 @@ class Arguments(CommonArguments):
 
 
 class TokenLevelLoss(nn.Module):
-    """The student and its loss in one `forward`, which is what DDP and FSDP wrap."""
+    """The student and its loss in one `forward`, through which DDP synchronises gradients."""
 
     def __init__(self, student: LanguageModel, teacher_head: Head, objective: Objective) -> None:
         super().__init__()
-        self.trained = student.model
+        self.trained = student.model  # registers its parameters
         self.student, self.teacher_head, self.objective = student, teacher_head, objective
 
     def forward(self, batch: Batch, teacher_hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss summed over the batch's N targets, and the sums (2,) of loss and divergence.
+        """The loss in nats, summed over the batch's N targets, and (2,) to log: loss, divergence.
 
         `teacher_hidden` (N, d) are the teacher's hidden states at the same targets.
         """
@@ -97,12 +95,12 @@ def main(args: Arguments) -> None:
         run.begin(step, optimizer)
         batch = common.global_batch(examples, args, step)
         micro_batches, tokens = common.split_micro_batches(batch, args)
-        sums = 0.0
+        sums = 0.0  # (2,): loss, divergence
         for micro_batch in micro_batches:
             inputs = common.collate([e.student for e in micro_batch], accelerator.device)
             with common.reduce_gradients(accelerator, module, micro_batch is micro_batches[-1]):
                 loss, parts = module(inputs, teacher_hidden(micro_batch))
-                # DDP averages over processes, so their number restores the sum.
+                # DDP averages gradients over processes: times their number gives the sum.
                 accelerator.backward(loss * (accelerator.num_processes / tokens))
             sums += parts
             del loss  # frees the graph before the next one is made
@@ -110,9 +108,9 @@ def main(args: Arguments) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-        loss, kl = accelerator.reduce(sums / tokens)
+        mean_loss, kl = accelerator.reduce(sums / tokens, "sum")
         lr = optimizer.param_groups[0]["lr"]
-        numbers = {"train/loss": loss, "train/kl": kl, "optim/lr": lr, "optim/grad_norm": norm}
+        numbers = {"train/loss": mean_loss, "train/kl": kl, "optim/lr": lr, "optim/grad_norm": norm}
         run.log(step + 1, tokens, numbers, micro_batches)
         run.evaluate(step + 1)
         run.save(step + 1)

@@ -236,7 +236,7 @@ def test_head_is_the_models_own(kind, tiny):
 def test_a_model_that_changes_its_logits_otherwise_is_refused(tiny):
     model = tiny("llama")
     model.model.lm_head.register_forward_hook(lambda *a: a[-1].tanh())
-    with pytest.raises(common.UsageError, match="changes its logits"):
+    with pytest.raises(common.UsageError, match="computes its logits"):
         common.check_head(model)
 
 
