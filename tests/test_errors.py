@@ -209,7 +209,7 @@ CASES = [
          prepare=write("bad.jsonl.gz", jsonl(A, B))),
     Case("truncated gzip", "--dataset bad.jsonl.gz", ["cannot read bad.jsonl.gz", "ended before"],
          prepare=write("bad.jsonl.gz", gzip.compress(jsonl(A, B))[:-12])),
-    Case("csv without columns", "--dataset bad.csv", ["bad.csv", "prompt", "not null"],
+    Case("csv without columns", "--dataset bad.csv", ["bad.csv", "prompt", "missing or null"],
          prepare=write("bad.csv", b"question,answer\nnight,N AY1 T\n")),
     Case("no parquet inside", "--dataset bad.parquet", ["bad.parquet"],
          prepare=write("bad.parquet", b"PAR1 and no more")),
