@@ -410,7 +410,7 @@ def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversat
         return rows, load_conversations(eval_dataset, max_rows=args.eval_size or 1000)
     size = args.eval_size or min(1000, math.ceil(len(rows) / 10))
     if size >= len(rows):
-        raise UsageError(f"--eval-size {size} leaves nothing of {len(rows)} rows of {args.dataset}")
+        raise UsageError(f"--eval-size {size} holds out all {len(rows)} rows of {args.dataset}")
     order = torch.randperm(len(rows), generator=generator_for(args.seed, "held out")).tolist()
     held_out = [rows[i] for i in sorted(order[:size])]
     return [rows[i] for i in sorted(order[size:])], held_out
@@ -676,7 +676,7 @@ def open_model(
     model = LanguageModel(name, tokenizer, config, ends, compute, device, digest, load)
     if model.max_positions and args.max_length > model.max_positions:
         raise UsageError(
-            f"--max-length {args.max_length}: {name} has {model.max_positions} positions"
+            f"--max-length {args.max_length}: {name} reads at most {model.max_positions} tokens"
         )
     return model
 
@@ -1760,7 +1760,9 @@ def start(script: str, args: CommonArguments) -> Accelerator:
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UsageError(f"cannot write in {name} {path}: {nearest} is no writable directory")
     directory = Path(args.output_dir or "runs")
-    if args.output_dir and directory.exists() and any(directory.iterdir()):
+    # A run that was killed before it wrote anything may have left half of its args.json.
+    left = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
+    if args.output_dir and left - {"args.json.part"}:
         if args.resume:
             check_resume(directory, script, args)
         elif not args.overwrite:
@@ -1776,14 +1778,14 @@ def start(script: str, args: CommonArguments) -> Accelerator:
 def check_resume(directory: Path, script: str, args: CommonArguments) -> None:
     """Raise `UsageError` if these arguments cannot continue the run in `directory`."""
     refused = f"--resume cannot continue {directory}"
-    with usage_error(f"{refused}, which has no readable args.json", OSError, ValueError):
-        before = json.loads((directory / "args.json").read_text(encoding="utf-8"))
+    with usage_error(f"{refused}, which has no readable args.json", OSError, ValueError, TypeError):
+        before = dict(json.loads((directory / "args.json").read_text(encoding="utf-8")))
     now = all_arguments(script, args)
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     for name in now.keys() - FLAGS_FREE_ON_RESUME:
         if (was := before.get(name, defaults.get(name))) != now[name]:
             shown = as_flag(name) if name in vars(args) else name
-            raise UsageError(f"{refused}: it began with {shown} {was}, not {now[name]}")
+            raise UsageError(f"{refused}: it was started with {shown} {was}, not {now[name]}")
     if (directory / "results.json").exists():
         raise UsageError(f"{refused}: it is finished")
 

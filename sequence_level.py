@@ -287,8 +287,10 @@ class ApiTeacher:
                 async with asyncio.timeout(self.args.api_timeout):
                     return self._completion(await client.chat.completions.create(**request))
             except self.openai.APIStatusError as problem:
-                if not self._adapted(request, problem):
-                    self._refuse(problem)
+                if self._adapted(request, problem):
+                    continue
+                reason = self._check_refusal(problem)
+                break
             except TimeoutError:
                 reason = f"no answer within --api-timeout {self.args.api_timeout:g} seconds"
             except self.openai.APIConnectionError as problem:
@@ -298,8 +300,8 @@ class ApiTeacher:
                 reason = self._scrubbed(problem)
             await asyncio.sleep(1)
         raise UsageError(
-            f"{self.base_url} failed {ATTEMPTS} times in a row, the last time so: {reason}; "
-            "start the same command later, the answers until now are kept"
+            f"{self.base_url} gave no answer in up to {ATTEMPTS} attempts, the last error: {reason}"
+            "; run the same command again later, the answers until now are kept"
         )
 
     def _request(
@@ -347,8 +349,8 @@ class ApiTeacher:
             return False
         return True
 
-    def _refuse(self, problem: Any) -> None:
-        """Raise the `UsageError` for a status that did not pass."""
+    def _check_refusal(self, problem: Any) -> str:
+        """Raise `UsageError` for a status that asking again does not change; else the reason."""
         status = problem.status_code
         reason = f"({status}) {self._scrubbed(problem)}"
         if status in {401, 403}:
@@ -360,10 +362,7 @@ class ApiTeacher:
             ) from None
         if (status < 500 and status not in {408, 409, 429}) or problem.code == "insufficient_quota":
             raise UsageError(f"{self.base_url} refuses the request: {reason}") from None
-        raise UsageError(
-            f"{self.base_url} does not recover: {reason}; start the same command later, what it "
-            "wrote until now is kept"
-        ) from None
+        return reason
 
     def _scrubbed(self, problem: BaseException | None) -> str:
         """What went wrong, on one line and without the key, which a server may repeat."""

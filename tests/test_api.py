@@ -302,9 +302,9 @@ def test_retry_after_is_obeyed(form, serve, ask):
 
 DOWN = {
     "error": (status(500, f"out of memory {KEY}"), r"recover: \(500\) .*out of memory \[key\]"),
-    "no connection": (drop, "failed 2 times in a row, the last time so: Connection error"),
-    "no completion": ({}, "failed 2 times in a row, .* what the server sent is no completion"),
-    "no answer": (slow, "failed 2 times in a row, .* no answer within --api-timeout 1 seconds"),
+    "no connection": (drop, "in up to 2 attempts, the last error: Connection error"),
+    "no completion": ({}, "in up to 2 attempts, .* what the server sent is no completion"),
+    "no answer": (slow, "in up to 2 attempts, .* no answer within --api-timeout 1 seconds"),
 }
 
 
@@ -322,7 +322,7 @@ def test_a_server_that_stays_down(name, serve, ask, monkeypatch):
     server = serve(reply)
     words = [str(i) for i in range(8)]
     flags = {"api_timeout": 1.0} if name == "no answer" else {}
-    with pytest.raises(UsageError, match=f"{message}.*start the same command later"):
+    with pytest.raises(UsageError, match=f"{message}.*run the same command again later"):
         ask(server, words, api_concurrency=1, **flags)
     counts = Counter(word_of(b) for _, b in server.log)
     assert counts == {**dict.fromkeys("01234", 1), "5": 2}
@@ -344,7 +344,7 @@ def test_a_server_that_stays_down(name, serve, ask, monkeypatch):
         (status(400, "context too long"), r"refuses the request: \(400\).*context too long"),
         (status(402, "no money"), r"refuses the request: \(402\)"),
         (status(429, "later", Retry_After="86400"),
-         r"does not recover: \(429\).*later; start the same command later"),
+         r"in up to 2 attempts, the last error: \(429\).*later; run the same command again later"),
     ],
 )  # fmt: skip
 def test_refusals_are_errors_at_once(reply, words, serve, ask, tmp_path):

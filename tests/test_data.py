@@ -445,7 +445,7 @@ def test_held_out_rows(tmp_path):
     assert held_out(tmp_path, seed=4)[1] != evaluation
     larger = held_out(tmp_path, seed=3, eval_size=30)
     assert len(larger[1]) == 30 and not larger[0] & larger[1] and evaluation < larger[1]
-    with pytest.raises(UsageError, match="--eval-size 40 leaves nothing"):
+    with pytest.raises(UsageError, match="--eval-size 40 holds out all"):
         held_out(tmp_path, eval_size=40)
     own = tmp_path / "own.jsonl"
     own.write_text('{"prompt": "x"}\n{"prompt": "y"}\n')

@@ -196,8 +196,8 @@ def test_what_cannot_be_resumed(whole_run, tmp_path):
     common.check_resume(run, "token_level", arguments(run, eval_steps=7, save_steps=1))
     refused = f"--resume cannot continue {run}: "
     cases = [
-        ("token_level", arguments(run, temperature=2.0), "began with --temperature 1.0, not 2.0"),
-        ("token_level", arguments(run, kl="reverse"), "began with --kl forward, not reverse"),
+        ("token_level", arguments(run, temperature=2.0), "started with --temperature 1.0, not 2.0"),
+        ("token_level", arguments(run, kl="reverse"), "started with --kl forward, not reverse"),
         ("on_policy", arguments(run), "script token_level, not on_policy"),
     ]
     for script, args, reason in cases:
