@@ -404,7 +404,7 @@ def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversat
     if args.completions == "dataset" and unanswered:
         raise UsageError(f"{unanswered.source}: no assistant turn for --completions dataset")
     eval_dataset = args.eval_dataset
-    if eval_dataset is None and Path(args.dataset).resolve() == DATA / "train.jsonl":
+    if eval_dataset is None and Path(args.dataset).resolve() == (DATA / "train.jsonl").resolve():
         eval_dataset = str(DATA / "eval.jsonl")
     if eval_dataset is not None:
         return rows, load_conversations(eval_dataset, max_rows=args.eval_size or 1000)
