@@ -448,7 +448,7 @@ class Head(NamedTuple):
         logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def backward(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
+    def undo_scaling(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
         """The gradient (n, V) at the logits to that before scale and softcap."""
         if self.softcap is not None:  # the only use of `logits`
             gradient = gradient * (1 - (logits / self.softcap).square())
@@ -1476,7 +1476,7 @@ class _ChunkedLoss(torch.autograd.Function):
             capped = None if head.softcap is None else logits[0]
             part, gradient = loss_and_gradient(logits.pop(), piece)
             sums += part
-            gradient = head.backward(gradient, capped)
+            gradient = head.undo_scaling(gradient, capped)
             if wanted[2]:
                 grad_bias += gradient.sum(0)
             gradient = gradient.to(hidden.dtype)
