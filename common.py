@@ -43,7 +43,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -113,7 +113,10 @@ class CommonArguments:
     student: str = flag(str(DATA / "student"), "student model: a directory or a hub id")
     revision: str = flag("main", "the student's revision, for a hub id")
     teacher_revision: str = flag("main", "the teacher's revision, for a hub id")
-    chat_template: str | None = flag(None, "a Jinja file, for models without a chat template")
+    chat_template: str | None = flag(None, "a Jinja file that both models use as chat template")
+    template_kwargs: str = flag(
+        "{}", """for the chat template, e.g. '{"enable_thinking": false}'"""
+    )
 
     dataset: str = flag(str(DATA / "train.jsonl"), "training prompts: a file, directory or hub id")
     dataset_config: str | None = flag(None, "configuration of a hub data set")
@@ -205,6 +208,9 @@ def check_arguments(args: CommonArguments) -> None:
         if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
             allowed = "above 0" if name in positive else "0 or more"
             raise UsageError(f"{as_flag(name)} must be a finite number, {allowed}, not {value}")
+    with usage_error("--template-kwargs", ValueError):
+        if not isinstance(json.loads(args.template_kwargs), dict):
+            raise ValueError("must be a JSON object")
     tracker = args.report_to
     install = '-e ".[trackers]"' if tracker == "tensorboard" else tracker
     known, installed = LoggerType.list(), [str(t) for t in get_available_trackers()]
@@ -246,7 +252,7 @@ def as_flag(name: str) -> str:
 
 def changed_flags(args: CommonArguments) -> dict[str, Any]:
     """The arguments that differ from their defaults."""
-    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    defaults = {f.name: f.default for f in dataclasses.fields(args)}
     return {name: value for name, value in vars(args).items() if value != defaults[name]}
 
 
@@ -258,17 +264,18 @@ def command_line(args: CommonArguments, without: set[str]) -> str:
 
 # -------------------------------------------------------------------------------- conversations
 
-Messages = list[dict[str, str]]
+Message = dict[str, Any]  # role, content, and other fields that a chat template reads
 
 
 @dataclass
 class Conversation:
     """One row of a data set."""
 
-    messages: Messages  # up to the turn to be answered
-    response: str | None  # the data set's own answer, if it has one
+    messages: list[Message]  # up to the turn to be answered
+    response: Message | None  # the data set's own answer, if it has one
     references: list[str]  # right answers
     source: str  # file and line, for messages to the user
+    options: dict[str, Any] = field(default_factory=dict)  # what else the chat template is given
 
 
 def load_conversations(
@@ -363,20 +370,21 @@ def _as_conversation(record: Any, source: str) -> Conversation:
     messages = [_as_message(turn) for turn in turns]
     answer = next((record[k] for k in ("completion", "response", "output") if k in record), None)
     if isinstance(answer, list) and len(answer) == 1:
-        answer = _as_message(answer[0])["content"]
+        answer = _as_message(answer[0])
+    elif answer is not None:
+        answer = {"role": "assistant", "content": _as_text(answer)}
     if turns_hold_answer and messages and messages[-1]["role"] == "assistant":
-        answer = messages.pop()["content"]
+        answer = messages.pop()
     if not messages or messages[-1]["role"] == "assistant":
         raise ValueError("there is no turn to answer, or two assistant turns follow each other")
-    answer = None if answer is None else _as_text(answer)
     references = record.get("references", [record["reference"]] if "reference" in record else [])
-    references = references or ([] if answer is None else [answer])
+    references = references or ([] if answer is None else [answer["content"]])
     if not isinstance(references, list) or not all(isinstance(r, str) for r in references):
         raise ValueError("references must be a list of strings")
     return Conversation(messages, answer, references, source)
 
 
-def _as_message(turn: Any) -> dict[str, str]:
+def _as_message(turn: Any) -> Message:
     if not isinstance(turn, dict):
         raise ValueError("a turn must be an object with role and content")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
@@ -407,13 +415,17 @@ def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversat
     if eval_dataset is None and Path(args.dataset).resolve() == (DATA / "train.jsonl").resolve():
         eval_dataset = str(DATA / "eval.jsonl")
     if eval_dataset is not None:
-        return rows, load_conversations(eval_dataset, max_rows=args.eval_size or 1000)
-    size = args.eval_size or min(1000, math.ceil(len(rows) / 10))
-    if size >= len(rows):
-        raise UsageError(f"--eval-size {size} holds out all {len(rows)} rows of {args.dataset}")
-    order = torch.randperm(len(rows), generator=generator_for(args.seed, "held out")).tolist()
-    held_out = [rows[i] for i in sorted(order[:size])]
-    return [rows[i] for i in sorted(order[size:])], held_out
+        held_out = load_conversations(eval_dataset, max_rows=args.eval_size or 1000)
+    else:
+        size = args.eval_size or min(1000, math.ceil(len(rows) / 10))
+        if size >= len(rows):
+            raise UsageError(f"--eval-size {size} holds out all {len(rows)} rows of {args.dataset}")
+        order = torch.randperm(len(rows), generator=generator_for(args.seed, "held out")).tolist()
+        held_out = [rows[i] for i in sorted(order[:size])]
+        rows = [rows[i] for i in sorted(order[size:])]
+    for conversation in itertools.chain(rows, held_out):
+        conversation.options = json.loads(args.template_kwargs) | conversation.options
+    return rows, held_out
 
 
 def generator_for(seed: int, purpose: str, index: int = 0) -> torch.Generator:
@@ -632,12 +644,12 @@ def end_of_turn_ids(tokenizer: Tokenizer, *configs: Any) -> list[int]:
 
 
 def load_tokenizer(name: str, revision: str, template_file: str | None) -> Tokenizer:
-    """A fast tokenizer with its chat template, or the one in `template_file` if it has none."""
+    """A fast tokenizer with its own chat template, or with the one in `template_file`."""
     with usage_error(f"no usable tokenizer in {name}", *LOADING_ERRORS):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise UsageError(f"{name} has no fast tokenizer; character offsets are needed for masks")
-    if not tokenizer.chat_template and template_file:
+    if template_file:
         tokenizer.chat_template = _read_text(template_file)
     return tokenizer
 
@@ -827,26 +839,28 @@ class Batch(NamedTuple):
     targets: Tensor  # (N,)
 
 
-def render(tokenizer: Tokenizer, messages: Messages, *, prompt: bool = False) -> str:
+def render(
+    tokenizer: Tokenizer, messages: list[Message], *, prompt: bool = False, **options: Any
+) -> str:
     """The conversation in the model's chat template; `prompt` adds the cue for an answer."""
-    return _render(tokenizer, messages, add_generation_prompt=prompt)[0]
+    return _render(tokenizer, messages, add_generation_prompt=prompt, **options)[0]
 
 
-def _render(tokenizer: Tokenizer, messages: Messages, **options: bool) -> tuple[str, Spans]:
+def _render(tokenizer: Tokenizer, messages: list[Message], **options: Any) -> tuple[str, Spans]:
     """The text, and the spans of it that `{% generation %}` marks if they are asked for."""
     # A template may raise whatever it likes.
     with usage_error("the chat template refuses a conversation", Exception):
         texts, spans = render_jinja_template(
             [messages],
             chat_template=_FIXED_CLOCK + tokenizer.chat_template,
-            date_string=FIXED_DATE,
-            **options,
-            **tokenizer.special_tokens_map,
+            **{"date_string": FIXED_DATE, **tokenizer.special_tokens_map, **options},
         )
     return texts[0], spans[0] if spans else []
 
 
-def assistant_spans(tokenizer: Tokenizer, messages: Messages) -> tuple[str, Spans]:
+def assistant_spans(
+    tokenizer: Tokenizer, messages: list[Message], **options: Any
+) -> tuple[str, Spans]:
     """The rendered conversation, and the character spans in it that the assistant wrote.
 
     They come from the template's `{% generation %}` marks, else from rendering every prefix. Some
@@ -854,14 +868,14 @@ def assistant_spans(tokenizer: Tokenizer, messages: Messages) -> tuple[str, Span
     alone is not a prefix of the whole. Then the spans cannot be located: `UsageError`.
     """
     if "generation" in tokenizer.chat_template.replace("add_generation_prompt", ""):
-        text, spans = _render(tokenizer, messages, return_assistant_tokens_mask=True)
+        text, spans = _render(tokenizer, messages, return_assistant_tokens_mask=True, **options)
         if spans:
             return text, spans
-    text, spans = render(tokenizer, messages), []
+    text, spans = render(tokenizer, messages, **options), []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = render(tokenizer, messages[:i], prompt=True)
-            after = render(tokenizer, messages[: i + 1])
+            before = render(tokenizer, messages[:i], prompt=True, **options)
+            after = render(tokenizer, messages[: i + 1], **options)
             if not (
                 text.startswith(before) and text.startswith(after) and len(before) < len(after)
             ):
@@ -879,9 +893,9 @@ def tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], Spans]:
     return out["input_ids"], out["offset_mapping"]
 
 
-def tokenize_conversation(model: LanguageModel, messages: Messages) -> Tokens:
+def tokenize_conversation(model: LanguageModel, messages: list[Message], **options: Any) -> Tokens:
     """The conversation; all tokens of assistant turns are targets, end-of-turn tokens included."""
-    text, spans = assistant_spans(model.tokenizer, messages)
+    text, spans = assistant_spans(model.tokenizer, messages, **options)
     ids, offsets = tokenize(model.tokenizer, text)
     # Some tokenizers leave leading spaces out of offsets, so a token begins where the last ended.
     ends_before = [0, *(b for _, b in offsets[:-1])]
@@ -909,7 +923,7 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
         texts = []
         for c in conversations:
             with usage_error(c.source, UsageError):
-                texts.append(render(model.tokenizer, c.messages, prompt=True))
+                texts.append(render(model.tokenizer, c.messages, prompt=True, **c.options))
         return model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     ours = theirs = ids_for(pair.student)
@@ -975,7 +989,8 @@ def tokenize_completions(
     token would span the boundary between prompt and answer, the answer is tokenised by itself,
     because at generation time the model has read exactly the prompt's own tokens.
     """
-    rendered = [render(model.tokenizer, p.conversation.messages, prompt=True) for p in prompts]
+    talks = [p.conversation for p in prompts]
+    rendered = [render(model.tokenizer, c.messages, prompt=True, **c.options) for c in talks]
     texts = [before + c.text for before, c in zip(rendered, completions, strict=True)]
     encode = functools.partial(model.tokenizer, add_special_tokens=False, verbose=False)
     responses = []
@@ -995,11 +1010,11 @@ def dataset_examples(
     examples, cut, shared = [], 0, pair.same_vocabulary or not pair.has_weights
     for i, prompt in enumerate(prompts):
         conversation = prompt.conversation
-        turns = [*conversation.messages, {"role": "assistant", "content": conversation.response}]
+        turns = [*conversation.messages, conversation.response]
         with usage_error(conversation.source, UsageError):
-            sides = [tokenize_conversation(pair.student, turns)] * 2
+            sides = [tokenize_conversation(pair.student, turns, **conversation.options)] * 2
             if prompt.student is not prompt.teacher:  # templates or vocabularies differ
-                sides[1] = tokenize_conversation(pair.teacher, turns)
+                sides[1] = tokenize_conversation(pair.teacher, turns, **conversation.options)
         answers = [[side.ids[i] for i in side.targets] for side in sides]
         if shared and answers[0] != answers[1]:
             raise UsageError(
@@ -1009,7 +1024,7 @@ def dataset_examples(
         ours, theirs = _cut(sides, max_length, shared)
         cut += len(ours.targets) < len(answers[0])
         if ours.targets:
-            examples.append(Example(i, prompt, conversation.response, ours, theirs))
+            examples.append(Example(i, prompt, conversation.response["content"], ours, theirs))
     return examples, cut
 
 
@@ -1781,7 +1796,7 @@ def check_resume(directory: Path, script: str, args: CommonArguments) -> None:
     with usage_error(f"{refused}, which has no readable args.json", OSError, ValueError, TypeError):
         before = dict(json.loads((directory / "args.json").read_text(encoding="utf-8")))
     now = all_arguments(script, args)
-    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    defaults = {f.name: f.default for f in dataclasses.fields(args)}
     for name in now.keys() - FLAGS_FREE_ON_RESUME:
         if (was := before.get(name, defaults.get(name))) != now[name]:
             shown = as_flag(name) if name in vars(args) else name

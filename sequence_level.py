@@ -253,7 +253,7 @@ class ApiTeacher:
 
     async def _ask_all(
         self,
-        queue: dict[str, common.Messages],
+        queue: dict[str, list[common.Message]],
         record: Callable[[str, Completion], None],
         sampling: dict[str, Any],
     ) -> None:
@@ -277,7 +277,7 @@ class ApiTeacher:
             await asyncio.gather(*(work() for _ in range(workers)))
 
     async def _ask(
-        self, client: Any, key: str, messages: common.Messages, sampling: dict[str, Any]
+        self, client: Any, key: str, messages: list[common.Message], sampling: dict[str, Any]
     ) -> Completion:
         """One answer, asked for again if what arrives is none or arrives too late."""
         reason = ""
@@ -305,7 +305,12 @@ class ApiTeacher:
         )
 
     def _request(
-        self, key: str, messages: common.Messages, temperature: float, top_p: float = 1.0, **_: Any
+        self,
+        key: str,
+        messages: list[common.Message],
+        temperature: float,
+        top_p: float = 1.0,
+        **_: Any,
     ) -> dict[str, Any]:
         request = {"model": self.args.api_model, "messages": messages, "temperature": temperature}
         request[self.limit] = self.args.max_new_tokens

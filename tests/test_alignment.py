@@ -142,7 +142,7 @@ def encoded(model: LanguageModel, text: str, end: bool = True) -> common.Tokens:
 def conversation(*turns: str) -> common.Conversation:
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]
-    response = messages.pop()["content"] if len(turns) % 2 == 0 else None
+    response = messages.pop() if len(turns) % 2 == 0 else None
     return common.Conversation(messages, response, [], "here")
 
 

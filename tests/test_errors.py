@@ -437,7 +437,7 @@ def test_json_is_read_whatever_the_file_is_called(name: str, tmp_path: Path):
         loaded[form] = common.load_conversations(str(tmp_path / name))
     for i, pair in enumerate(zip(*loaded.values(), strict=True)):
         assert [c.messages[0]["content"] for c in pair] == [WORDS[i]] * 2
-        assert [c.response for c in pair] == [GOOD[i]["response"]] * 2
+        assert [c.response["content"] for c in pair] == [GOOD[i]["response"]] * 2
         assert [c.source.removeprefix(str(tmp_path / name)) for c in pair] == [
             f":{i + 1}", f": row {i + 1}"
         ]  # fmt: skip

@@ -267,7 +267,7 @@ def test_more_samples_begin_with_the_one_that_others_find(tmp_path):
     rows = common.load_conversations(str(run / "completions.jsonl"))
     texts: dict[str, set[str]] = {}
     for row in rows:
-        texts.setdefault(str(row.messages), set()).add(row.response)
+        texts.setdefault(str(row.messages), set()).add(row.response["content"])
     assert len(rows) == written["kept"] == sum(map(len, texts.values()))
     assert written["duplicates"] > 0 and {len(t) for t in texts.values()} == {1, 2, 3}
 
@@ -289,7 +289,9 @@ def test_what_was_learned_from_is_a_data_set(whole_run, tmp_path):
     original = common.load_conversations(str(tmp_path / "single.jsonl"))
     assert [r.messages for r in rows] == [r.messages for r in original]
     assert [r.references for r in rows] == [r.references for r in original]
-    assert 15 < sum(r.response in r.references for r in rows) < 45  # the teacher's, errors and all
+    assert (
+        15 < sum(r.response["content"] in r.references for r in rows) < 45
+    )  # the teacher's, errors and all
     flags |= {"dataset": str(run / "completions.jsonl"), "completions": "dataset"}
     again = in_process(sequence_level, tmp_path / "again", **flags)
     assert_same_student(again, run)

@@ -28,7 +28,7 @@ load_pair = common.load_pair
 
 def gold_completions(teacher: LanguageModel, prompts: Sequence[Prompt]) -> list[Completion]:
     """The data set's own answers in the teacher's tokens, as if the teacher had written them."""
-    texts = [prompt.conversation.response for prompt in prompts]
+    texts = [prompt.conversation.response["content"] for prompt in prompts]
     completions = [Completion(text, finished=True, length=0, ids=None) for text in texts]
     # `tokenize_completions` reads the prompt ids of the student; here the teacher is the reader.
     as_student = [prompt._replace(student=prompt.teacher) for prompt in prompts]
