@@ -52,7 +52,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, broadcast_object_list, gather_object
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -166,35 +166,18 @@ class CommonArguments:
     cache_teacher: bool = flag(True, "keep the teacher's hidden states in --cache-dir")
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows one spelling of each flag with its default."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        spellings = [s for s in action.option_strings if "_" not in s]
-        metavar = self._format_args(action, "N" if action.type in (int, float) else "X")
-        switch = not action.option_strings or action.const is True or action.nargs == 0
-        return ", ".join(spellings) + ("" if switch else f" {metavar}")
-
-
-class _Parser(HfArgumentParser):
-    """Reports a wrong command line in one sentence, with exit code 2."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
-
-
 def parse_arguments(
     kind: type[CommonArguments], description: str, argv: Sequence[str] | None = None
 ) -> Any:
     """Command line to a validated dataclass. Exits with code 2 on an unknown or invalid flag."""
-    parser = _Parser(
-        kind, description=description, formatter_class=_HelpFormatter, allow_abbrev=False
+    parser = HfArgumentParser(
+        kind, description=description, allow_abbrev=False, exit_on_error=False
     )
     try:
         (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         check_arguments(args)
-    except (ValueError, UsageError) as problem:  # ValueError: an unknown flag
-        parser.error(str(problem))
+    except (ValueError, argparse.ArgumentError, UsageError) as problem:
+        parser.exit(2, f"error: {problem} (--help lists the flags)\n")
     return args
 
 
@@ -211,17 +194,18 @@ def check_arguments(args: CommonArguments) -> None:
     with usage_error("--template-kwargs", ValueError):
         if not isinstance(json.loads(args.template_kwargs), dict):
             raise ValueError("must be a JSON object")
-    tracker = args.report_to
-    install = '-e ".[trackers]"' if tracker == "tensorboard" else tracker
-    known, installed = LoggerType.list(), [str(t) for t in get_available_trackers()]
+    trackers = ["none", *map(str, get_available_trackers())]
     for wrong, message in (
         (not 0 < args.top_p <= 1, f"--top-p must lie in (0, 1], not {args.top_p}"),
         (args.resume and args.overwrite, "--resume and --overwrite contradict each other"),
         (args.resume and not args.output_dir, "--resume needs --output-dir, the run to continue"),
         (args.max_steps <= 0 and not args.epochs, "--epochs is 0 and --max-steps is not given"),
         (args.lora_rank and not find_spec("peft"), '--lora-rank needs pip install -e ".[lora]"'),
-        (tracker not in {"none", *known} - {"all"}, f"--report-to: unknown tracker {tracker}"),
-        (tracker not in ("none", *installed), f"--report-to {tracker} needs pip install {install}"),
+        (
+            args.report_to not in trackers,
+            f"--report-to: {args.report_to} is not installed, only "
+            f'{", ".join(trackers)} (tensorboard: pip install -e ".[trackers]")',
+        ),
         (not Path(args.chat_template or ".").exists(), f"--chat-template: no {args.chat_template}"),
     ):
         if wrong:
@@ -254,12 +238,6 @@ def changed_flags(args: CommonArguments) -> dict[str, Any]:
     """The arguments that differ from their defaults."""
     defaults = {f.name: f.default for f in dataclasses.fields(args)}
     return {name: value for name, value in vars(args).items() if value != defaults[name]}
-
-
-def command_line(args: CommonArguments, without: set[str]) -> str:
-    """The changed flags as part of a shell command."""
-    changed = {name: value for name, value in changed_flags(args).items() if name not in without}
-    return shlex.join(word for name, v in changed.items() for word in (as_flag(name), str(v)))
 
 
 # -------------------------------------------------------------------------------- conversations
@@ -445,12 +423,11 @@ class Head(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
-    def cast(self, dtype: torch.dtype, device: torch.device) -> Head:
+    def cast(self, dtype: torch.dtype) -> Head:
         """With its weight converted once: to `dtype` on CUDA, to float32 or wider elsewhere."""
-        if device.type != "cuda":  # no half-precision product with a float32 result there
-            dtype = torch.promote_types(
-                dtype, torch.promote_types(torch.float32, self.weight.dtype)
-            )
+        if not self.weight.is_cuda:  # no half-precision product with a float32 result there
+            wide = torch.promote_types(torch.float32, self.weight.dtype)
+            dtype = torch.promote_types(dtype, wide)
         return self._replace(weight=self.weight.to(dtype))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -486,15 +463,15 @@ class Logits:
     head: Head
 
     def __getitem__(self, rows: slice) -> Tensor:
-        return self.head.logits(self.hidden[rows])
+        return self.head.logits(self.hidden[rows].to(self.head.weight.device))
 
     def cast(self) -> Logits:
         """With the head's weight converted once instead of for every chunk."""
-        return Logits(self.hidden, self.head.cast(self.hidden.dtype, self.hidden.device))
+        return Logits(self.hidden, self.head.cast(self.hidden.dtype))
 
     def chunks(self) -> list[slice]:
         """Rows whose logits exist at one time."""
-        return chunks(len(self.hidden), len(self.head.weight), self.hidden.device)
+        return chunks(len(self.hidden), len(self.head.weight), self.head.weight.device)
 
 
 def chunks(tokens: int, width: int, device: torch.device) -> list[slice]:
@@ -1191,7 +1168,7 @@ def _generate_batch(
     ends = torch.tensor(model.end_ids, device=device)
     rows = torch.arange(len(prompts), device=device)  # those that are still generated
     done = torch.zeros_like(rows, dtype=torch.bool)
-    head = model.head().cast(model.compute_dtype, device)
+    head = model.head().cast(model.compute_dtype)
     cache = DynamicCache(config=model.config.get_text_config())
     for step in range(draws.shape[1]):
         hidden = model.backbone(
@@ -1288,12 +1265,20 @@ def _read_completions(path: Path) -> dict[str, Completion]:
 @contextlib.contextmanager
 def exclusive(lock: Path) -> Iterator[None]:
     """A lock between runs: a run's main process takes it, and its other processes wait for that."""
-    state = PartialState()
+    state, held = PartialState(), FileLock(lock)
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock) if state.is_main_process else contextlib.nullcontext():
+    if state.is_main_process:
+        try:
+            held.acquire(timeout=1)
+        except Timeout:
+            print(f"waiting for another run, which has locked {lock}")
+            held.acquire()
+    try:
         state.wait_for_everyone()
         yield
         state.wait_for_everyone()
+    finally:
+        held.release()  # nothing in the other processes
 
 
 def save_tensors(path: Path, **tensors: Tensor | None) -> None:
@@ -1333,7 +1318,6 @@ class TeacherHiddenStates:
         if self.directory is None or not examples:
             return
         self.keys = {e.index: f"{row_seed(*e.teacher):016x}" for e in examples}
-        self.open_files: dict[Path, Any] = {}
         with exclusive(self.directory / "lock"):
             self._fill({self.keys[e.index]: e for e in examples}, purpose)
         self.files = self._list()  # after all processes have written
@@ -1345,22 +1329,18 @@ class TeacherHiddenStates:
         if live or self.directory is None:
             return teacher_hidden_states(self.teacher, examples)
         width, dtype = self.teacher.head().weight.shape[1], self.teacher.compute_dtype
-        parts = [self._read(self.keys[e.index]) for e in examples]
+        keys = [self.keys[e.index] for e in examples]
+        parts = [self.files[key].get_tensor(key) for key in keys]
         hidden = torch.cat([torch.empty(0, width, dtype=dtype), *parts])
         return to_device(hidden, self.teacher.device)
 
-    def _read(self, key: str) -> Tensor:
-        path = self.files[key]
-        if path not in self.open_files:
-            self.open_files[path] = safe_open(path, "pt")
-        return self.open_files[path].get_tensor(key)
-
-    def _list(self) -> dict[str, Path]:
-        """Which file holds each key."""
+    def _list(self) -> dict[str, Any]:
+        """The open file that holds each key."""
         files = {}
         for path in sorted(self.directory.glob("states-*.safetensors")):
             with usage_error(f"{path} is corrupt, delete the file", SafetensorError):
-                files |= dict.fromkeys(safe_open(path, "pt").keys(), path)
+                file = safe_open(path, "pt")
+                files |= dict.fromkeys(file.keys(), file)
         return files
 
     def _fill(self, examples: dict[str, Example], purpose: str) -> None:
@@ -1479,7 +1459,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, pieces, loss_and_gradient):
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        head = head._replace(weight=weight, bias=bias).cast(hidden.dtype, hidden.device)
+        head = head._replace(weight=weight, bias=bias).cast(hidden.dtype)
         wanted = ctx.needs_input_grad
         grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
@@ -1625,8 +1605,8 @@ class Evaluator:
             states = TeacherHiddenStates(teacher, examples, "evaluation text")
             head = teacher.head()
             self.teacher_logits = [Logits(states(batch).cpu(), head) for batch in self.batches]
-            for i in range(len(self.batches)):
-                self._add_likelihoods(tallies, i, teacher)
+            for batch, logits in zip(self.batches, self.teacher_logits, strict=True):
+                self._add_likelihoods(tallies, batch, teacher, logits, logits)
         self.teacher_tallies = gathered(tallies)
 
     def __call__(self, show: int = 0) -> list[Tally]:
@@ -1643,8 +1623,9 @@ class Evaluator:
                 PartialState().print(line)
         with student.evaluating():
             for i, batch in enumerate(self.batches):
-                inputs = collate([e.student for e in batch], student.device)
-                self._add_likelihoods(tallies, i, student, student.logits(inputs))
+                logits = student.logits(collate([e.student for e in batch], student.device))
+                theirs = self.teacher_logits[i] if self.comparable else None
+                self._add_likelihoods(tallies, batch, student, logits, theirs)
         return gathered(tallies)
 
     def _answer_tally(self, i: int, answer: Completion) -> Tally:
@@ -1657,18 +1638,14 @@ class Evaluator:
         return tally | {"response_tokens": answer.length, "cut_off": not answer.finished}
 
     def _add_likelihoods(
-        self, tallies: dict[int, Tally], i: int, model: LanguageModel, logits: Logits | None = None
-    ) -> None:
-        """Add a model's likelihoods of batch `i` of the teacher's samples; the teacher's own if it
-        is given no logits."""
-        batch, theirs = self.batches[i], None
-        if logits is None or self.comparable:
-            theirs = self.teacher_logits[i]
-            theirs = Logits(theirs.hidden.to(model.device), theirs.head)
+        self, tallies: dict[int, Tally], batch: list[Example], model: LanguageModel, logits: Logits,
+        teacher: Logits | None,
+    ) -> None:  # fmt: skip
+        """Add a model's likelihoods of the teacher's samples."""
         ends = {*model.end_ids, *self.shared_ends}
         sides = [e.student if model is self.student else e.teacher for e in batch]
         targets = collate(sides, model.device).targets
-        values = compare(logits or theirs, targets, theirs if self.comparable else None)
+        values = compare(logits, targets, teacher if self.comparable else None)
         counts = [len(side.targets) for side in sides]
         parts = {name: v.float().cpu().split(counts) for name, v in values.items()}
         logprobs = parts.pop("logprob")
@@ -1753,7 +1730,7 @@ def gap_recovered(before: list[Tally], after: list[Tally], teacher: list[Tally])
 
 # -------------------------------------------------------------------------------- run directory
 
-# Flags that may differ on --resume: they change nothing that the student learns from.
+# Flags that may differ on --resume: they change what the student learns from by rounding at most.
 FLAGS_FREE_ON_RESUME = {
     "output_dir", "overwrite", "resume", "cache_dir", "save_steps", "save_total_limit",
     "eval_steps", "logging_steps", "generation_batch_size", "report_to",
@@ -1813,8 +1790,12 @@ def all_arguments(script: str, args: CommonArguments) -> dict[str, Any]:
 
 def total_steps(args: CommonArguments, examples: int) -> int:
     """--max-steps, else --epochs over the examples."""
-    epochs = math.ceil(args.epochs * examples / args.batch_size)
-    return args.max_steps if args.max_steps > 0 else epochs
+    steps = args.max_steps
+    if steps <= 0:
+        steps = math.ceil(args.epochs * examples / args.batch_size)
+    if args.warmup_steps >= steps:
+        PartialState().print(f"--warmup-steps {args.warmup_steps}: all {steps} steps are warm-up")
+    return steps
 
 
 def make_optimizer(model: nn.Module, args: CommonArguments) -> torch.optim.Optimizer:
@@ -1860,8 +1841,10 @@ class Run:
             with self._corrupt():
                 self.state = json.loads((self.checkpoint / "state.json").read_text())
         self.earlier = self.state["seconds"]  # that the run took before it was resumed
-        if args.resume and accelerator.is_main_process:
-            self._cut_back()
+        metrics = self.directory / "metrics.jsonl"
+        if metrics.exists() and accelerator.is_main_process:  # drop what the checkpoint lacks
+            lines = metrics.read_bytes().splitlines(keepends=True)[: self.state["lines"]]
+            metrics.write_bytes(b"".join(lines))
         if args.report_to != "none":
             accelerator.log_with = [LoggerType(args.report_to)]
             accelerator.project_configuration.set_directories(str(self.directory))
@@ -1895,16 +1878,6 @@ class Run:
     def _corrupt(self) -> contextlib.AbstractContextManager[None]:
         advice = "delete it, and --resume continues from the one before"
         return usage_error(f"the checkpoint {self.checkpoint} is corrupt, {advice}", Exception)
-
-    def _cut_back(self) -> None:
-        """Remove what was written after the checkpoint, and incomplete checkpoints."""
-        for directory in self.directory.glob("checkpoints/step-*"):
-            if not (directory / "state.json").exists():
-                shutil.rmtree(directory)
-        metrics = self.directory / "metrics.jsonl"
-        if metrics.exists():
-            lines = metrics.read_bytes().splitlines(keepends=True)[: self.state["lines"]]
-            metrics.write_bytes(b"".join(lines))
 
     def resume(self, steps: int) -> int:
         """Load the newest checkpoint, if any; returns the first step to run.
@@ -2004,10 +1977,10 @@ class Run:
             self.bar.close()
             default_signals()
         if stop:
-            flags = command_line(self.args, {"output_dir", "overwrite", "resume"})
-            place = shlex.join(["--output-dir", str(self.directory), "--resume"])
-            command = " ".join(filter(None, ["python", f"{self.script}.py", flags, place]))
-            self.accelerator.print(f"stopped after step {step}; to continue: {command}")
+            flags = shlex.join(["--output-dir", str(self.directory), "--resume"])
+            self.accelerator.print(
+                f"stopped after step {step}; the same command with {flags} continues"
+            )
             self._close()
             sys.exit(128 + stop)
 
@@ -2020,11 +1993,9 @@ class Run:
         self.state |= {"step": step, "seconds": self._seconds()}
         if self.accelerator.is_main_process:
             write_json(path / "state.json", self.state)
-            limit = self.args.save_total_limit
-            for old in self._checkpoints()[:-limit] if limit else ():
-                (
-                    old / "state.json"
-                ).unlink()  # first, so that an interruption leaves no partial checkpoint
+            keep = self._checkpoints()[-self.args.save_total_limit :]  # 0: all that are whole
+            for old in {*path.parent.iterdir()} - {*keep}:
+                (old / "state.json").unlink(missing_ok=True)  # first: then it does not count
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
@@ -2067,15 +2038,16 @@ class Run:
         self.accelerator.wait_for_everyone()  # a process that exits can abort those that talk to it
 
     def _model_card(self, table: str) -> str:
-        flags = command_line(self.args, {"output_dir", "cache_dir", "overwrite", "resume"})
+        changed = changed_flags(self.args).items()
+        flags = [f"{as_flag(n)} {v}" for n, v in changed if n not in FLAGS_FREE_ON_RESUME]
         teacher = getattr(self.args, "api_model", None) or Path(self.args.teacher).name
         student = Path(self.args.student).name
         lines = [
             "---", "library_name: transformers", "pipeline_tag: text-generation",
             "tags: [distillation]", "---", "", f"# {student}, distilled from {teacher}", "",
             f"- method: `{self.script}.py`", f"- teacher: `{teacher}`", f"- student: `{student}`",
-            f"- data: `{Path(self.args.dataset).name}`", f"- flags: `{flags or 'none'}`", "",
-            "```", table, "```", "",
+            f"- data: `{Path(self.args.dataset).name}`", f"- flags: `{' '.join(flags) or 'none'}`",
+            "", "```", table, "```", "",
         ]  # fmt: skip
         return "\n".join(lines)
 

@@ -88,4 +88,6 @@ def test_tensorboard_gets_what_metrics_jsonl_gets(run: Path):
 def test_unknown_tracker_is_wrong_input(capsys):
     with pytest.raises(SystemExit) as end:
         common.parse_arguments(token_level.Arguments, "", ["--report-to", "nothing"])
-    assert end.value.code == 2 and "--report-to: unknown tracker nothing" in capsys.readouterr().err
+    assert (
+        end.value.code == 2 and "--report-to: nothing is not installed" in capsys.readouterr().err
+    )

@@ -154,12 +154,12 @@ def test_signals_end_the_run_with_a_checkpoint(whole_run, tmp_path):
     assert process.wait() == 128 + signal.SIGTERM
     last_line = said().splitlines()[-1]
     stopped_after = last_checkpoint()
-    assert last_line.startswith(f"stopped after step {stopped_after}; to continue: python token_")
-    command = shlex.split(last_line.partition("python token_level.py ")[2])
-    assert command[-3:] == ["--output-dir", "run", "--resume"]
+    assert last_line.startswith(f"stopped after step {stopped_after}; the same command with ")
+    flags = shlex.split(last_line.partition(" with ")[2].removesuffix(" continues"))
+    assert flags == ["--output-dir", "run", "--resume"]
 
     with open(tmp_path / "err.txt", "wb") as err:
-        process = begin(command, stdout=subprocess.PIPE, stderr=err)
+        process = begin([*WORDS, *flags], stdout=subprocess.PIPE, stderr=err)
     assert any(line.startswith(b"resumed from run/checkpoints") for line in process.stdout)
     wait_for_checkpoint_after(stopped_after, process)
     process.stdout.close()  # as when the same Ctrl-C ends a `tee` behind the run
@@ -231,15 +231,14 @@ def test_old_checkpoints_are_removed_and_corrupt_ones_named(whole_run, tmp_path)
         broken.write_bytes(broken.read_bytes()[:-20])
         with pytest.raises(common.UsageError, match=rf"{last} is corrupt, delete it"):
             in_process(run, resume=True)
-    # Without its state.json, which is written last, a checkpoint is partial and is removed.
+    # Without its state.json, which is written last, a checkpoint is partial, and does not count.
     broken.unlink()
-    (run / "checkpoints" / last / "left over").touch()
+    shutil.copytree(run / "checkpoints" / last, run / "checkpoints" / "step-000002")
     with open(run / "metrics.jsonl", "a") as stream:
         stream.write('{"step": 21, "train')
     in_process(run, resume=True, save_total_limit=1)
     assert_same(run, whole_run)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [last]
-    assert not (run / "checkpoints" / last / "left over").exists()
 
 
 def test_dropout_is_the_same_after_a_resume(tokenizer, tmp_path, monkeypatch):
