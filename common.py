@@ -48,6 +48,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import pandas
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
@@ -2079,27 +2080,16 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(part, path)
 
 
-def format_table(rows: list[list[str | float | None]]) -> str:
-    """Rows as aligned columns, numbers with four decimals, a dash for None."""
-    cells = [
-        ["–" if c is None else c if isinstance(c, str) else f"{c:.4f}" for c in r] for r in rows
-    ]
-    widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
-    parts = [[row[0].ljust(widths[0])] for row in cells]
-    for line, row in zip(parts, cells, strict=True):
-        line += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-    return "\n".join("".join(line).rstrip() for line in parts)
+def as_text(table: pandas.DataFrame) -> str:
+    return table.to_string(float_format="{:.4f}".format, na_rep="–")
 
 
 def results_table(results: dict[str, Any]) -> str:
     """Teacher, before and after, a line for each score."""
-    columns = ("teacher", "before", "after")
-    rows: list[list[Any]] = [["", *columns, "gap recovered"]]
-    for name in results["after"]:
-        gap = results["gap_recovered"].get(name)
-        share = "" if gap is None else f"{gap:.1%}"
-        rows.append([name, *(results[column].get(name) for column in columns), share])
-    return format_table(rows)
+    table = pandas.DataFrame({name: results[name] for name in ("teacher", "before", "after")})
+    shares = pandas.Series(results["gap_recovered"], dtype=float).map("{:.1%}".format)
+    table["gap recovered"] = shares
+    return as_text(table.reindex(list(results["after"])))
 
 
 def draw_curves(directories: Sequence[Path], target: Path) -> None:
@@ -2115,15 +2105,13 @@ def draw_curves(directories: Sequence[Path], target: Path) -> None:
     panels = ("train/loss", "eval/kl_to_teacher", "eval/exact_match", "eval/error_rate")
     height = 4 + len(directories) / 12
     figure, axes = pyplot.subplots(1, len(panels), figsize=(18, height), layout="constrained")
-    for name, axis in zip(panels, axes, strict=True):
-        axis.set(title=name, xlabel="step")
-        axis.grid(alpha=0.3)
-        for directory in directories:
-            text = (directory / "metrics.jsonl").read_text(encoding="utf-8")
-            lines = [line for line in map(json.loads, text.splitlines()) if name in line]
-            steps, values = [line["step"] for line in lines], [line[name] for line in lines]
-            marker = "o" if name.startswith("eval") else None
-            axis.plot(steps, values, label=directory.name, marker=marker, markersize=3)
+    for directory in directories:
+        lines = pandas.read_json(directory / "metrics.jsonl", lines=True).set_index("step")
+        for name, axis in zip(panels, axes, strict=True):
+            values = lines.reindex(columns=[name])[name].dropna()
+            axis.plot(values, label=directory.name, marker="o" * name.startswith("eval"))
+            axis.set(title=name, xlabel="step")
+            axis.grid(alpha=0.3)
     if len(directories) > 1:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(target, dpi=100)
@@ -2135,15 +2123,13 @@ def compare_runs(paths: Iterable[str]) -> None:
     runs = [Path(p) for p in paths if (Path(p) / "results.json").is_file()]
     if not runs:
         sys.exit("error: no finished run (a directory with a results.json) among the arguments")
-    columns = ("kl_to_teacher", "top1_agreement", "exact_match", "error_rate", "bits_per_byte")
-    rows: list[list[Any]] = [["after training", *columns, "gap (exact)", "seconds"]]
-    for path in runs:
-        results = json.loads((path / "results.json").read_text(encoding="utf-8"))
-        gap = results["gap_recovered"].get("exact_match")
-        share = "–" if gap is None else f"{gap:.1%}"
-        scored = [results["after"].get(name) for name in columns]
-        rows.append([path.name, *scored, share, f"{results['seconds']:.0f}"])
-    print(format_table(rows))
+    results = [json.loads((path / "results.json").read_text(encoding="utf-8")) for path in runs]
+    columns = ["kl_to_teacher", "top1_agreement", "exact_match", "error_rate", "bits_per_byte"]
+    names = pandas.Index([path.name for path in runs], name="after training")
+    table = pandas.DataFrame([r["after"] for r in results], names).reindex(columns=columns)
+    table["gap (exact)"] = [r["gap_recovered"].get("exact_match") for r in results]
+    table["seconds"] = [f"{r['seconds']:.0f}" for r in results]
+    print(as_text(table))
     picture = runs[0].parent / "comparison.png"
     draw_curves(runs, picture)
     if picture.exists():
