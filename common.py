@@ -312,9 +312,7 @@ def load_conversations(
     if not conversations:
         raise UsageError(f"{source} holds no rows")
     if unused:
-        PartialState().print(
-            f"{source}: columns that are not used (number of rows): {dict(unused)}"
-        )
+        PartialState().print(f"{source}: columns that are not used, by rows: {dict(unused)}")
     return conversations
 
 
@@ -352,9 +350,7 @@ def _csv_records(source: str) -> Iterator[tuple[str, Any]]:
     reader = csv.DictReader(io.StringIO(_read_text(source), newline=""))
     for record in reader:
         if None in record:
-            raise UsageError(
-                f"{source}:{reader.line_num}: more cells than columns (quotes missing?)"
-            )
+            raise UsageError(f"{source}:{reader.line_num}: more cells than columns")
         yield f"{source}:{reader.line_num}", {k: v for k, v in record.items() if v}
 
 
@@ -373,8 +369,8 @@ def _dataset_records(source: str, config: str | None, split: str) -> Iterator[tu
             data = datasets.load_from_disk(source)
         else:
             data = datasets.load_dataset(source, config, split=split)
-    for i, row in enumerate(data, 1):  # Arrow fills each object up with the nulls of its column
-        text = json.dumps(row, default=str)
+    for i, row in enumerate(data, 1):
+        text = json.dumps(row, default=str)  # nulls: Arrow gives each object all keys of its column
         yield f"{source}: row {i}", json.loads(text, object_hook=_without_nulls)
 
 
@@ -395,26 +391,25 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
     turns = take("messages", "conversations", "conversation")
     if turns_hold_answer := turns is not None:  # else a column of its own holds the answer
         turns = _parsed(turns, list, "messages")
-    elif not isinstance(
-        turns := take("instruction", "prompt", "question", "query", "problem"), list
-    ):
-        parts = [turns, take("input"), take("context")]
-        if parts == [None] * 3:
-            raise ValueError("columns messages, prompt, instruction, question are missing or null")
-        turns = ["\n\n".join(_as_text(part) for part in parts if part)]
+    else:
+        turns = take("instruction", "prompt", "question", "query", "problem")
+        if not isinstance(turns, list):
+            parts = [part for part in (turns, take("input"), take("context")) if part is not None]
+            if not parts:
+                raise ValueError("columns messages, prompt, instruction, ... are missing or null")
+            turns = ["\n\n".join(filter(None, map(_as_text, parts)))]
     history = _parsed(take("history") or [], list, "history")
     turns = [text for pair in history for text in _parsed(pair, list, "history")] + turns
-    in_turn = all(isinstance(turn, str) for turn in turns)  # the user and the assistant
-    roles = itertools.cycle(["user", "assistant"] if in_turn else [None])
-    messages = [_as_message(turn, role) for turn, role in zip(turns, roles, strict=False)]
+    roles = ["user", "assistant"] if all(isinstance(turn, str) for turn in turns) else [None]
+    messages = [_as_message(turn, roles[i % len(roles)]) for i, turn in enumerate(turns)]
     if turns_hold_answer and messages and messages[-1]["role"] == "assistant":
         answers = [messages.pop()]
     else:
         answers = take("completion", "response", "output", "answer", "solution")
         answers = answers if isinstance(answers, list) else [answers] * (answers is not None)
         answers = [_as_message(turn, "assistant") for turn in answers]
-    *more, answer = answers or [None]
-    messages += more
+    *between, answer = answers or [None]
+    messages += between
     if not messages or messages[-1]["role"] == "assistant":
         raise ValueError("there is no turn to answer, or two assistant turns follow each other")
     if answer is not None and answer["role"] != "assistant":
@@ -449,7 +444,7 @@ def _as_message(turn: Any, role: str | None) -> Message:
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text":
-                raise ValueError(f"a {role} turn holds what is not text: {str(part)[:80]}")
+                raise ValueError(f"a part of the content is not text: {str(part)[:80]}")
         content = "".join(_as_text(part.get("text")) for part in content)
     message = {"role": role, "content": _as_text("" if content is None else content)}
     if reasoning := take("reasoning_content", "reasoning", "thinking"):
@@ -465,8 +460,7 @@ def _as_function(value: Any) -> dict[str, Any]:
     value = _parsed(value, dict, "a tool or tool call")
     value = value if "function" in value else {"type": "function", "function": value}
     function = _parsed(value["function"], dict, "the function of a tool or tool call")
-    if not isinstance(function.get("name"), str):
-        raise ValueError("a tool or tool call has no name")
+    _parsed(function.get("name"), str, "the name of a tool or tool call")
     with contextlib.suppress(KeyError, ValueError):  # a tool has none; what is no object stays
         function = function | {"arguments": _parsed(function["arguments"], dict, "")}
     return value | {"function": function}
@@ -474,17 +468,15 @@ def _as_function(value: Any) -> dict[str, Any]:
 
 def _parsed(value: Any, kind: type, what: str) -> Any:
     """The value, or what it spells in JSON, as in csv cells and in some data sets."""
-    with contextlib.suppress(ValueError):
-        value = json.loads(value) if isinstance(value, str) else value
+    if isinstance(value, str) and kind is not str:
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
     if not isinstance(value, kind):
-        raise ValueError(f"{what} must be a {kind.__name__}, not {type(value).__name__}")
+        raise ValueError(f"{what} must be of type {kind.__name__}, not {type(value).__name__}")
     return value
 
 
-def _as_text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"text must be a string, not {type(value).__name__}")
-    return value
+_as_text = functools.partial(_parsed, kind=str, what="text")
 
 
 def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversation]]:
@@ -493,32 +485,27 @@ def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversat
     for c in rows if args.completions == "dataset" else ():
         if c.response is None:
             raise UsageError(f"{c.source}: no assistant turn for --completions dataset")
-        if any(
-            m.get(f, 1) == 0
-            for m in (*c.messages, c.response)
-            for f in ("weight", "train")
-            if m["role"] == "assistant"
-        ):
+        turns = [m for m in (*c.messages, c.response) if m["role"] == "assistant"]
+        if any(0 in (m.get("weight"), m.get("train")) for m in turns):  # False == 0
             raise UsageError(f"{c.source}: all assistant turns are learned, also one of weight 0")
     eval_dataset = args.eval_dataset
     if eval_dataset is None and Path(args.dataset).resolve() == (DATA / "train.jsonl").resolve():
         eval_dataset = str(DATA / "eval.jsonl")
     if eval_dataset is not None:
         held_out = load_conversations(eval_dataset, max_rows=args.eval_size or 1000)
-        both = {c.prompt_key() for c in rows} & {c.prompt_key() for c in held_out}
-        if both:
+        if both := {c.prompt_key() for c in rows} & {c.prompt_key() for c in held_out}:
             PartialState().print(f"{len(both)} prompts of {eval_dataset} are in {args.dataset} too")
     else:
         size = args.eval_size or min(1000, math.ceil(len(rows) / 10))
         sizes = Counter(c.prompt_key() for c in rows)  # equal prompts stay together
-        prompts, total = list(sizes), len(rows)
+        prompts = list(sizes)
         order = torch.randperm(len(prompts), generator=generator_for(args.seed, "held out"))
         before = itertools.accumulate((sizes[prompts[i]] for i in order), initial=0)
         chosen = {prompts[i] for i, n in zip(order, before, strict=False) if n < size}
         held_out = [c for c in rows if c.prompt_key() in chosen]
         rows = [c for c in rows if c.prompt_key() not in chosen]
         if not rows:
-            raise UsageError(f"--eval-size {size} holds out all {total} rows of {args.dataset}")
+            raise UsageError(f"--eval-size {size} holds out all rows of {args.dataset}")
     for conversation in itertools.chain(rows, held_out):
         conversation.options = json.loads(args.template_kwargs) | conversation.options
     return rows, held_out
@@ -896,7 +883,6 @@ FIXED_DATE = "26 Jul 2024"
 _FIXED_CLOCK = "{% macro strftime_now(format) %}" + FIXED_DATE + "{% endmacro %}"
 
 Spans = list[tuple[int, int]]
-LEARNED = ("tool_calls", "reasoning_content")  # what belongs to an answer beside its content
 Item = TypeVar("Item")
 
 
@@ -981,8 +967,9 @@ def assistant_spans(
             return text, spans
     text, spans = render(tokenizer, messages, **options), []
     for i, message in enumerate(messages):
-        # If the assistant speaks first, there is no prompt that a template could render.
-        if message["role"] == "assistant" and any(m["role"] != "system" for m in messages[:i]):
+        # What the assistant says before the user does has no prompt that a template could render.
+        asked = i + 1 == len(messages) or any(m["role"] != "system" for m in messages[:i])
+        if message["role"] == "assistant" and asked:
             before = render(tokenizer, messages[:i], prompt=True, **options)
             after = render(tokenizer, messages[: i + 1], **options)
             if not (
@@ -1004,6 +991,7 @@ def tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], Spans]:
 
 def tokenize_conversation(model: LanguageModel, messages: list[Message], **options: Any) -> Tokens:
     """The conversation; all tokens of assistant turns are targets, end-of-turn tokens included."""
+    check_printed(model, messages, "tool_calls", "reasoning_content", **options)
     text, spans = assistant_spans(model.tokenizer, messages, **options)
     ids, offsets = tokenize(model.tokenizer, text)
     # Some tokenizers leave leading spaces out of offsets, so a token begins where the last ended.
@@ -1039,8 +1027,8 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
             names = {name for m in (*c.messages, c.response or {}, c.options) for name in m}
             unused.update(names - words)
         if unused:
-            what = f"the chat template of {model.name} does not use (number of rows)"
-            PartialState().print(f"{what}: {dict(unused)}")
+            title = f"the chat template of {model.name} does not use, by rows"
+            PartialState().print(f"{title}: {dict(unused)}")
         return model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     ours = theirs = ids_for(pair.student)
@@ -1129,10 +1117,8 @@ def dataset_examples(
         conversation = prompt.conversation
         turns = [*conversation.messages, conversation.response]
         with usage_error(conversation.source, UsageError):
-            check_printed(pair.student, turns, *LEARNED, **conversation.options)
             sides = [tokenize_conversation(pair.student, turns, **conversation.options)] * 2
             if prompt.student is not prompt.teacher:  # templates or vocabularies differ
-                check_printed(pair.teacher, turns, *LEARNED, **conversation.options)
                 sides[1] = tokenize_conversation(pair.teacher, turns, **conversation.options)
         answers = [[side.ids[i] for i in side.targets] for side in sides]
         if shared and answers[0] != answers[1]:
