@@ -390,7 +390,7 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
     take = functools.partial(_take, record := _without_nulls(record))
     turns = take("messages", "conversations", "conversation")
     if turns_hold_answer := turns is not None:  # else a column of its own holds the answer
-        turns = _parsed(turns, list, "messages")
+        turns = _parsed(turns, list, "messages must be a list")
     else:
         turns = take("instruction", "prompt", "question", "query", "problem")
         if not isinstance(turns, list):
@@ -398,8 +398,9 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
             if not parts:
                 raise ValueError("columns messages, prompt, instruction, ... are missing or null")
             turns = ["\n\n".join(filter(None, map(_as_text, parts)))]
-    history = _parsed(take("history") or [], list, "history")
-    turns = [text for pair in history for text in _parsed(pair, list, "history")] + turns
+    rule = "history must be a list of pairs"
+    history = _parsed(take("history") or [], list, rule)
+    turns = [text for pair in history for text in _parsed(pair, list, rule)] + turns
     roles = ["user", "assistant"] if all(isinstance(turn, str) for turn in turns) else [None]
     messages = [_as_message(turn, roles[i % len(roles)]) for i, turn in enumerate(turns)]
     if turns_hold_answer and messages and messages[-1]["role"] == "assistant":
@@ -416,12 +417,13 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
         raise ValueError("the answer is not an assistant's turn")
     if messages[0]["role"] != "system" and (system := take("system", "system_prompt")):
         messages.insert(0, {"role": "system", "content": _as_text(system)})
-    references = _parsed(take("references") or [], list, "references")
+    references = _parsed(take("references") or [], list, "references must be a list")
     references = references or [r for r in [take("reference")] if r is not None]
     if not references and answer is not None and "tool_calls" not in answer:
         references = [answer["content"]]
-    options = _parsed(take("chat_template_kwargs") or {}, dict, "chat_template_kwargs")
-    if tools := _parsed(take("tools", "functions") or [], list, "tools"):
+    rule = "chat_template_kwargs must be an object"
+    options = _parsed(take("chat_template_kwargs") or {}, dict, rule)
+    if tools := _parsed(take("tools", "functions") or [], list, "tools must be a list"):
         options = options | {"tools": [_as_function(tool) for tool in tools]}
     unused.update(record.keys())
     return Conversation(messages, answer, [_as_text(r) for r in references], source, options)
@@ -457,26 +459,26 @@ def _as_message(turn: Any, role: str | None) -> Message:
 
 def _as_function(value: Any) -> dict[str, Any]:
     """A tool or a call in OpenAI's form; arguments as an object, which templates print as JSON."""
-    value = _parsed(value, dict, "a tool or tool call")
+    value = _parsed(value, dict, "a tool or tool call must be an object")
     value = value if "function" in value else {"type": "function", "function": value}
-    function = _parsed(value["function"], dict, "the function of a tool or tool call")
-    _parsed(function.get("name"), str, "the name of a tool or tool call")
+    function = _parsed(value["function"], dict, "the function of a tool must be an object")
+    _parsed(function.get("name"), str, "the name of a tool must be a string")
     with contextlib.suppress(KeyError, ValueError):  # a tool has none; what is no object stays
         function = function | {"arguments": _parsed(function["arguments"], dict, "")}
     return value | {"function": function}
 
 
-def _parsed(value: Any, kind: type, what: str) -> Any:
+def _parsed(value: Any, kind: type, rule: str) -> Any:
     """The value, or what it spells in JSON, as in csv cells and in some data sets."""
     if isinstance(value, str) and kind is not str:
         with contextlib.suppress(ValueError):
             value = json.loads(value)
     if not isinstance(value, kind):
-        raise ValueError(f"{what} must be of type {kind.__name__}, not {type(value).__name__}")
+        raise ValueError(f"{rule}, not {type(value).__name__}")
     return value
 
 
-_as_text = functools.partial(_parsed, kind=str, what="text")
+_as_text = functools.partial(_parsed, kind=str, rule="text must be a string")
 
 
 def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversation]]:
@@ -505,7 +507,9 @@ def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversat
         held_out = [c for c in rows if c.prompt_key() in chosen]
         rows = [c for c in rows if c.prompt_key() not in chosen]
         if not rows:
-            raise UsageError(f"--eval-size {size} holds out all rows of {args.dataset}")
+            raise UsageError(
+                f"--eval-size {size} holds out all {len(held_out)} rows of {args.dataset}"
+            )
     for conversation in itertools.chain(rows, held_out):
         conversation.options = json.loads(args.template_kwargs) | conversation.options
     return rows, held_out

@@ -399,15 +399,15 @@ BAD_ROWS = [
     ({"messages": [ANSWER]}, "no turn to answer"),
     ({"messages": [TURN, ANSWER, ANSWER]}, "two assistant turns"),
     ({"messages": [5]}, "role and content"),
-    ({"messages": "q"}, "type list"),
+    ({"messages": "q"}, "list"),
     ({"messages": [{"role": "user"}]}, "content of a user turn"),
     ({"messages": [{"content": "q"}]}, "role of a turn is None"),
-    ({"prompt": {"text": "q"}}, "type str, not dict"),
+    ({"prompt": {"text": "q"}}, "string, not dict"),
     ({"prompt": "q", "response": 5}, "object with role and content"),
     ({"prompt": "q", "response": ["a", "b"]}, "two assistant turns"),
-    ({"prompt": "q", "references": "a"}, "references must be of type list"),
-    ({"prompt": "q", "references": [None]}, "type str, not NoneType"),
-    ({"prompt": "q", "reference": 7}, "type str, not int"),
+    ({"prompt": "q", "references": "a"}, "references must be a list"),
+    ({"prompt": "q", "references": [None]}, "string, not NoneType"),
+    ({"prompt": "q", "reference": 7}, "string, not int"),
 ]
 
 

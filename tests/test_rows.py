@@ -183,13 +183,13 @@ def test_completion_of_several_turns(tmp_path: Path, models):
 
 BAD = [
     ({"prompt": "q", "history": [["a"]]}, "no turn to answer"),
-    ({"prompt": "q", "history": "x"}, "history must be of type list"),
+    ({"prompt": "q", "history": "x"}, "history must be a list"),
     ({"prompt": [USER], "history": [["a", "b"]]}, "role of a turn is None"),
     ({"messages": [USER, "a"]}, "role of a turn is None"),
-    ({"prompt": "q", "tools": "add(a, b)"}, "tools must be of type list"),
+    ({"prompt": "q", "tools": "add(a, b)"}, "tools must be a list"),
     ({"prompt": "q", "tools": [{"type": "function"}]}, "the name of a tool"),
-    ({"prompt": "q", "tools": [5]}, "must be of type dict"),
-    ({"prompt": "q", "system": ["s"]}, "type str, not list"),
+    ({"prompt": "q", "tools": [5]}, "must be an object"),
+    ({"prompt": "q", "system": ["s"]}, "a string, not list"),
     ({"prompt": "q", "completion": [USER]}, "not an assistant"),
     ({"prompt": [USER, ANSWER], "completion": "b"}, "two assistant turns"),
     ({"text": "q"}, "columns .* are missing"),
@@ -199,7 +199,7 @@ BAD = [
      "image_url"),
     ({"messages": [{"role": "user", "content": ["q"]}]}, "not text"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "null or missing"),
-    ({"messages": [USER, {"role": "gpt", "tool_calls": ["x"]}]}, "must be of type dict"),
+    ({"messages": [USER, {"role": "gpt", "tool_calls": ["x"]}]}, "must be an object"),
     ({"messages": [USER, ANSWER | {"name": "\ud800"}]}, "surrogate"),
     ({"prompt": "q", "tools": [ADD | {"description": "\udfff"}]}, "surrogate"),
 ]  # fmt: skip
@@ -396,7 +396,7 @@ def test_equal_prompts_stay_together(seed: int, tmp_path: Path):
     tools = [row | {"tools": [TOOL]} for row in rows]
     train, held_out = split(tmp_path, [*rows, *tools], eval_size=40, seed=seed)
     assert len(train) == len(held_out) == 10 and not train & held_out
-    with pytest.raises(UsageError, match="holds out all rows"):
+    with pytest.raises(UsageError, match="holds out all 4 rows"):
         split(tmp_path, rows[:1] * 4)
 
 
