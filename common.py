@@ -35,6 +35,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -244,6 +245,11 @@ def changed_flags(args: CommonArguments) -> dict[str, Any]:
 # -------------------------------------------------------------------------------- conversations
 
 Message = dict[str, Any]  # role, content, and other fields that a chat template reads
+ROLES = {  # and what data sets call them
+    "system": "system developer", "user": "user human prompter",
+    "assistant": "assistant gpt chatgpt bot model ai function_call tool_call",
+    "tool": "tool function observation function_response tool_response ipython",
+}  # fmt: skip
 
 
 @dataclass
@@ -256,13 +262,18 @@ class Conversation:
     source: str  # file and line, for messages to the user
     options: dict[str, Any] = field(default_factory=dict)  # what else the chat template is given
 
+    def prompt_key(self) -> str:
+        """Equal for rows that ask the same."""
+        turns = [(m["role"], m["content"], m.get("tool_calls")) for m in self.messages]
+        return json.dumps((turns, self.options.get("tools")))
+
 
 def load_conversations(
     source: str, config: str | None = None, split: str = "train", max_rows: int = 0
 ) -> list[Conversation]:
     """Rows of a JSON, JSON Lines, csv or Parquet file, a directory or a hub data set.
 
-    Raises `UsageError` that names the first unusable row and what it lacks.
+    Prints which columns are not used. Raises `UsageError` that names the first unusable row.
     """
     kind = Path(source.removesuffix(".gz")).suffix
     if kind in {".json", ".jsonl", ".ndjson"}:
@@ -271,12 +282,16 @@ def load_conversations(
         records = _csv_records(source)
     else:
         records = _dataset_records(source, config, split)
-    conversations = []
+    conversations, unused = [], Counter()
     for place, record in itertools.islice(records, max_rows or None):
-        with usage_error(place, ValueError):
-            conversations.append(_as_conversation(record, place))
+        with usage_error(place, ValueError, RecursionError):
+            conversations.append(_as_conversation(record, place, unused))
+            # Refuses half of a surrogate pair, which JSON can spell and no tokenizer can encode.
+            json.dumps(vars(conversations[-1]), ensure_ascii=False).encode()
     if not conversations:
         raise UsageError(f"{source} holds no rows")
+    if unused:
+        PartialState().print(f"{source}: columns that are not used, by rows: {dict(unused)}")
     return conversations
 
 
@@ -300,7 +315,7 @@ def _json_records(source: str) -> Iterator[tuple[str, Any]]:
             record = json.loads(part) if part.strip() else None
         except (ValueError, RecursionError) as problem:
             line = number + getattr(problem, "lineno", 1) - 1
-            reason = getattr(problem, "msg", "nested too deeply")
+            reason = getattr(problem, "msg", problem)
             raise UsageError(f"{source}:{line}: not JSON: {reason}") from None
         if is_array:
             yield from ((f"{source}: row {i}", item) for i, item in enumerate(record, 1))
@@ -310,9 +325,12 @@ def _json_records(source: str) -> Iterator[tuple[str, Any]]:
 
 def _csv_records(source: str) -> Iterator[tuple[str, Any]]:
     """Every cell is text: a reader that guesses types would turn the word `null` into None."""
+    csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(io.StringIO(_read_text(source), newline=""))
     for record in reader:
-        yield f"{source}:{reader.line_num}", {k: v for k, v in record.items() if k and v}
+        if None in record:
+            raise UsageError(f"{source}:{reader.line_num}: more cells than columns")
+        yield f"{source}:{reader.line_num}", {k: v for k, v in record.items() if v}
 
 
 def _dataset_records(source: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
@@ -324,87 +342,167 @@ def _dataset_records(source: str, config: str | None, split: str) -> Iterator[tu
     with usage_error(f"cannot load the data set {source}", Exception):
         if source.endswith(".parquet"):
             data = datasets.load_dataset("parquet", data_files=source, split="train")
+        elif any(Path(source).glob("dataset_dict.json")):  # written by save_to_disk
+            data = datasets.load_from_disk(str(Path(source, split)))
+        elif any(Path(source).glob("state.json")):
+            data = datasets.load_from_disk(source)
         else:
             data = datasets.load_dataset(source, config, split=split)
-    yield from ((f"{source}: row {i}", record) for i, record in enumerate(data, 1))
+    for i, row in enumerate(data, 1):
+        text = json.dumps(row, default=str)  # nulls: Arrow gives each object all keys of its column
+        yield f"{source}: row {i}", json.loads(text, object_hook=_without_nulls)
 
 
-def _as_conversation(record: Any, source: str) -> Conversation:
+def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _take(fields: dict[str, Any], *names: str) -> Any:
+    """The first of these that is there, removed; what remains in the end is not used."""
+    return next((fields.pop(name) for name in names if name in fields), None)
+
+
+def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversation:
     """A record in one of the forms that the README lists; `ValueError` otherwise."""
     if not isinstance(record, dict):
         raise ValueError("a row must be an object with named columns")
-    record = {key: value for key, value in record.items() if value is not None}
-    turns = record.get("messages", record.get("conversations"))
-    turns_hold_answer = turns is not None  # else a column of its own holds the answer
-    if turns is None and "instruction" in record:
-        parts = [_as_text(record[k]) for k in ("instruction", "input") if record.get(k)]
-        turns = "\n\n".join(parts)
-    turns = record.get("prompt") if turns is None else turns
-    if turns is None:
-        raise ValueError("columns messages, conversations, prompt, instruction are missing or null")
-    if isinstance(turns, str) and not turns_hold_answer:
-        turns = [{"role": "user", "content": turns}]
-    if not isinstance(turns, list):
-        raise ValueError(f"a prompt must be a string or a list, not {type(turns).__name__}")
-    messages = [_as_message(turn) for turn in turns]
-    answer = next((record[k] for k in ("completion", "response", "output") if k in record), None)
-    if isinstance(answer, list) and len(answer) == 1:
-        answer = _as_message(answer[0])
-    elif answer is not None:
-        answer = {"role": "assistant", "content": _as_text(answer)}
+    take = functools.partial(_take, record := _without_nulls(record))
+    turns = take("messages", "conversations", "conversation")
+    if turns_hold_answer := turns is not None:  # else a column of its own holds the answer
+        turns = _parsed(turns, list, "messages must be a list")
+    else:
+        turns = take("instruction", "prompt", "question", "query", "problem")
+        if not isinstance(turns, list):
+            parts = [part for part in (turns, take("input"), take("context")) if part is not None]
+            if not parts:
+                raise ValueError("columns messages, prompt, instruction, ... are missing or null")
+            turns = ["\n\n".join(filter(None, map(_as_text, parts)))]
+    rule = "history must be a list of pairs"
+    history = _parsed(take("history") or [], list, rule)
+    turns = [text for pair in history for text in _parsed(pair, list, rule)] + turns
+    roles = ["user", "assistant"] if all(isinstance(turn, str) for turn in turns) else [None]
+    messages = [_as_message(turn, roles[i % len(roles)]) for i, turn in enumerate(turns)]
     if turns_hold_answer and messages and messages[-1]["role"] == "assistant":
-        answer = messages.pop()
+        answers = [messages.pop()]
+    else:
+        answers = take("completion", "response", "output", "answer", "solution")
+        answers = answers if isinstance(answers, list) else [answers] * (answers is not None)
+        answers = [_as_message(turn, "assistant") for turn in answers]
+    *between, answer = answers or [None]
+    messages += between
     if not messages or messages[-1]["role"] == "assistant":
         raise ValueError("there is no turn to answer, or two assistant turns follow each other")
-    references = record.get("references", [record["reference"]] if "reference" in record else [])
-    references = references or ([] if answer is None else [answer["content"]])
-    if not isinstance(references, list) or not all(isinstance(r, str) for r in references):
-        raise ValueError("references must be a list of strings")
-    return Conversation(messages, answer, references, source)
+    if answer is not None and answer["role"] != "assistant":
+        raise ValueError("the answer is not an assistant's turn")
+    if messages[0]["role"] != "system" and (system := take("system", "system_prompt")):
+        messages.insert(0, {"role": "system", "content": _as_text(system)})
+    references = _parsed(take("references") or [], list, "references must be a list")
+    references = references or [r for r in [take("reference")] if r is not None]
+    if not references and answer is not None and "tool_calls" not in answer:
+        references = [answer["content"]]
+    rule = "chat_template_kwargs must be an object"
+    options = _parsed(take("chat_template_kwargs") or {}, dict, rule)
+    if tools := _parsed(take("tools", "functions") or [], list, "tools must be a list"):
+        options = options | {"tools": [_as_function(tool) for tool in tools]}
+    unused.update(record.keys())
+    return Conversation(messages, answer, [_as_text(r) for r in references], source, options)
 
 
-def _as_message(turn: Any) -> Message:
+def _as_message(turn: Any, role: str | None) -> Message:
+    """A turn, without its nulls; `role` is that of a turn which is only text."""
+    turn = {"role": role, "content": turn} if isinstance(turn, str) else turn
     if not isinstance(turn, dict):
         raise ValueError("a turn must be an object with role and content")
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    take = functools.partial(_take, turn := _without_nulls(turn))
+    name = take("role", "from")
+    key = str(name).strip().lower()
+    role = next((role for role, names in ROLES.items() if key in names.split()), None)
     if role is None:
-        raise ValueError("a turn has no role")
-    if content is None:
+        raise ValueError(f"the role of a turn is {name!r}, none of {' '.join(ROLES.values())}")
+    content, calls = take("content", "value"), take("tool_calls", "function_call")
+    if content is None and not calls:
         raise ValueError(f"the content of a {role} turn is null or missing")
-    role = {"human": "user", "gpt": "assistant"}.get(role, role)
-    return {"role": role, "content": _as_text(content)}
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text":
+                raise ValueError(f"a part of the content is not text: {str(part)[:80]}")
+        content = "".join(_as_text(part.get("text")) for part in content)
+    message = {"role": role, "content": _as_text("" if content is None else content)}
+    if reasoning := take("reasoning_content", "reasoning", "thinking"):
+        message["reasoning_content"] = _as_text(reasoning)
+    if calls:
+        calls = calls if isinstance(calls, list) else [calls]
+        message["tool_calls"] = [_as_function(call) for call in calls]
+    return message | turn
 
 
-def _as_text(value: Any) -> str:
-    """A string that can be encoded; JSON can spell half of a surrogate pair, which cannot."""
-    if not isinstance(value, str):
-        raise ValueError(f"text must be a string, not {type(value).__name__}")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError("text holds half of a surrogate pair")
+def _as_function(value: Any) -> dict[str, Any]:
+    """A tool or a call in OpenAI's form; arguments as an object, which templates print as JSON."""
+    value = _parsed(value, dict, "a tool or tool call must be an object")
+    value = value if "function" in value else {"type": "function", "function": value}
+    function = _parsed(value["function"], dict, "the function of a tool must be an object")
+    _parsed(function.get("name"), str, "the name of a tool must be a string")
+    with contextlib.suppress(KeyError, ValueError):  # a tool has none; what is no object stays
+        function = function | {"arguments": _parsed(function["arguments"], dict, "")}
+    return value | {"function": function}
+
+
+def _parsed(value: Any, kind: type, rule: str) -> Any:
+    """The value, or what it spells in JSON, as in csv cells and in some data sets."""
+    if isinstance(value, str) and kind is not str:
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if not isinstance(value, kind):
+        raise ValueError(f"{rule}, not {type(value).__name__}")
     return value
+
+
+_as_text = functools.partial(_parsed, kind=str, rule="text must be a string")
 
 
 def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversation]]:
     """Training and evaluation conversations; rows that are held out here are not trained on."""
     rows = load_conversations(args.dataset, args.dataset_config, args.dataset_split, args.max_rows)
-    unanswered = next((c for c in rows if c.response is None), None)
-    if args.completions == "dataset" and unanswered:
-        raise UsageError(f"{unanswered.source}: no assistant turn for --completions dataset")
+    for c in rows if args.completions == "dataset" else ():
+        if c.response is None:
+            raise UsageError(f"{c.source}: no assistant turn for --completions dataset")
+        turns = [m for m in (*c.messages, c.response) if m["role"] == "assistant"]
+        if any(0 in (m.get("weight"), m.get("train")) for m in turns):  # False == 0
+            raise UsageError(f"{c.source}: all assistant turns are learned, also one of weight 0")
     eval_dataset = args.eval_dataset
     if eval_dataset is None and Path(args.dataset).resolve() == (DATA / "train.jsonl").resolve():
         eval_dataset = str(DATA / "eval.jsonl")
     if eval_dataset is not None:
         held_out = load_conversations(eval_dataset, max_rows=args.eval_size or 1000)
+        if both := {c.prompt_key() for c in rows} & {c.prompt_key() for c in held_out}:
+            PartialState().print(f"{len(both)} prompts of {eval_dataset} are in {args.dataset} too")
     else:
         size = args.eval_size or min(1000, math.ceil(len(rows) / 10))
-        if size >= len(rows):
-            raise UsageError(f"--eval-size {size} holds out all {len(rows)} rows of {args.dataset}")
-        order = torch.randperm(len(rows), generator=generator_for(args.seed, "held out")).tolist()
-        held_out = [rows[i] for i in sorted(order[:size])]
-        rows = [rows[i] for i in sorted(order[size:])]
+        sizes = Counter(c.prompt_key() for c in rows)  # equal prompts stay together
+        prompts = list(sizes)
+        order = torch.randperm(len(prompts), generator=generator_for(args.seed, "held out"))
+        before = itertools.accumulate((sizes[prompts[i]] for i in order), initial=0)
+        chosen = {prompts[i] for i, n in zip(order, before, strict=False) if n < size}
+        held_out = [c for c in rows if c.prompt_key() in chosen]
+        rows = [c for c in rows if c.prompt_key() not in chosen]
+        if not rows:
+            raise UsageError(
+                f"--eval-size {size} holds out all {len(held_out)} rows of {args.dataset}"
+            )
     for conversation in itertools.chain(rows, held_out):
         conversation.options = json.loads(args.template_kwargs) | conversation.options
     return rows, held_out
+
+
+def check_printed(model: LanguageModel, turns: list[Message], *names: str, **options: Any) -> None:
+    """`UsageError` if the template prints a turn as if it had not one of these fields."""
+    for i, turn in enumerate(turns):
+        for name in turn.keys() & names:
+            bare, texts = {key: turn[key] for key in turn if key != name}, ["", None]
+            with contextlib.suppress(UsageError):  # a template may insist on the field
+                texts = [render(model.tokenizer, [*turns[:i], t], **options) for t in (turn, bare)]
+            if texts[0] == texts[1]:
+                raise UsageError(f"the chat template does not print the {name} of turn {i + 1}")
 
 
 def generator_for(seed: int, purpose: str, index: int = 0) -> torch.Generator:
@@ -851,7 +949,9 @@ def assistant_spans(
             return text, spans
     text, spans = render(tokenizer, messages, **options), []
     for i, message in enumerate(messages):
-        if message["role"] == "assistant":
+        # What the assistant says before the user does has no prompt that a template could render.
+        asked = i + 1 == len(messages) or any(m["role"] != "system" for m in messages[:i])
+        if message["role"] == "assistant" and asked:
             before = render(tokenizer, messages[:i], prompt=True, **options)
             after = render(tokenizer, messages[: i + 1], **options)
             if not (
@@ -873,6 +973,7 @@ def tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], Spans]:
 
 def tokenize_conversation(model: LanguageModel, messages: list[Message], **options: Any) -> Tokens:
     """The conversation; all tokens of assistant turns are targets, end-of-turn tokens included."""
+    check_printed(model, messages, "tool_calls", "reasoning_content", **options)
     text, spans = assistant_spans(model.tokenizer, messages, **options)
     ids, offsets = tokenize(model.tokenizer, text)
     # Some tokenizers leave leading spaces out of offsets, so a token begins where the last ended.
@@ -898,10 +999,18 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
     """
 
     def ids_for(model: LanguageModel) -> list[list[int]]:
-        texts = []
+        texts, unused = [], Counter()
+        words = set(re.findall(r"\w+", model.tokenizer.chat_template))
+        words |= {"reasoning_content"} if "thinking" in words else set()  # its other name
         for c in conversations:
-            with usage_error(c.source, UsageError):
+            with usage_error(c.source, UsageError, TypeError):  # TypeError: a reserved option
+                check_printed(model, c.messages, "tool_calls", **c.options)
                 texts.append(render(model.tokenizer, c.messages, prompt=True, **c.options))
+            names = {name for m in (*c.messages, c.response or {}, c.options) for name in m}
+            unused.update(names - words)
+        if unused:
+            title = f"the chat template of {model.name} does not use, by rows"
+            PartialState().print(f"{title}: {dict(unused)}")
         return model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     ours = theirs = ids_for(pair.student)

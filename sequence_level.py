@@ -167,7 +167,7 @@ def select(
     known = set()
     for example, answer in zip(examples, answers, strict=True):
         conversation = example.prompt.conversation
-        row = (json.dumps(conversation.messages), answer.text)
+        row = (conversation.prompt_key(), answer.text)
         if not answer.finished:
             counts["cut_short"] += 1
         elif len(example.student.ids) > args.max_length:
@@ -204,9 +204,10 @@ def write_completions(path: Path, examples: list[Example]) -> None:
         for example in examples:
             conversation = example.prompt.conversation
             turns = [*conversation.messages, {"role": "assistant", "content": example.text}]
-            row: dict[str, Any] = {"messages": turns}
-            if conversation.references:
-                row["references"] = conversation.references
+            options = dict(conversation.options)
+            columns = {"messages": turns, "references": conversation.references}
+            columns |= {"tools": options.pop("tools", None), "chat_template_kwargs": options}
+            row = {name: value for name, value in columns.items() if value}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(part, path)
 
@@ -242,7 +243,13 @@ class ApiTeacher:
         Raises `UsageError` for a refused key, model or request, and for a server that does not
         recover; what it had written until then is kept.
         """
-        asked = [p.conversation.messages for p in prompts]
+        for talk in (p.conversation for p in prompts):
+            if "tools" in talk.options or any("tool_calls" in m for m in talk.messages):
+                raise UsageError(f"{talk.source}: tools need a teacher that is loaded here")
+        fields = ("role", "content", "name")
+        asked = [
+            [{f: m[f] for f in fields if f in m} for m in p.conversation.messages] for p in prompts
+        ]
 
         def write(missing: dict[str, int], record: Callable[[str, Completion], None]) -> None:
             queue = {key: asked[i] for key, i in missing.items()}

@@ -182,12 +182,12 @@ CASES = [
     ),
     Case(
         "no usable column", "--dataset bad.jsonl", ["bad.jsonl:2", "prompt", "messages"],
-        jsonl(A, {"question": "night", "prompt": None}),
+        jsonl(A, {"text": "night", "prompt": None}),
     ),
     Case("row is no object", "--dataset bad.jsonl", ["bad.jsonl:2", "object"], jsonl(A, "night")),
     Case("content a number", "--dataset bad.jsonl", ["bad.jsonl:2", "string", "int"],
          jsonl(A, {"prompt": 42})),
-    Case("content in parts", "--dataset bad.jsonl", ["bad.jsonl:1", "string", "list"],
+    Case("content in parts", "--dataset bad.jsonl", ["bad.jsonl:1", "not text", "image"],
          jsonl({"messages": [{"role": "user", "content": [{"type": "image"}]}]})),
     Case("instruction a number", "--dataset bad.jsonl", ["bad.jsonl:2", "string", "int"],
          jsonl(A, {"instruction": 42, "input": "x"})),
@@ -197,7 +197,7 @@ CASES = [
          jsonl(A, b'{"prompt": "\\ud83d"}')),
     Case("no assistant turn", DATASET_COMPLETIONS, ["bad.jsonl:2", "assistant", "--completions"],
          jsonl(A, {"prompt": "night"}, B)),
-    Case("unknown role", "--dataset bad.jsonl", ["bad.jsonl:2", "template", "narrator"],
+    Case("unknown role", "--dataset bad.jsonl", ["bad.jsonl:2", "role", "narrator"],
          jsonl(A, {"messages": [{"role": "narrator", "content": "night"}]})),
     Case("one object over several lines", "--dataset bad.json", ["bad.json:1", "not JSON"],
          prepare=write("bad.json", b'{\n"prompt": "night"\n}')),
@@ -210,7 +210,7 @@ CASES = [
     Case("truncated gzip", "--dataset bad.jsonl.gz", ["cannot read bad.jsonl.gz", "ended before"],
          prepare=write("bad.jsonl.gz", gzip.compress(jsonl(A, B))[:-12])),
     Case("csv without columns", "--dataset bad.csv", ["bad.csv", "prompt", "missing or null"],
-         prepare=write("bad.csv", b"question,answer\nnight,N AY1 T\n")),
+         prepare=write("bad.csv", b"word,sound\nnight,N AY1 T\n")),
     Case("no parquet inside", "--dataset bad.parquet", ["bad.parquet"],
          prepare=write("bad.parquet", b"PAR1 and no more")),
     Case("all prompts too long", "--max-length 3", ["do not fit", "--max-length 3"]),
@@ -411,9 +411,8 @@ def test_odd_but_valid(odd: Callable, processes: dict):
     results = json.loads((tmp / "named" / "results.json").read_text())
     if odd is every_json_form:
         assert "9 examples" in done.stdout, done.stdout
-        assert done.stdout.startswith(
-            "2 of 11 prompts left out: they do not fit into --max-length 100\n"
-        )
+        assert "not used, by rows: {'id': 1}\n" in done.stdout
+        assert "\n2 of 11 prompts left out: they do not fit into --max-length 100\n" in done.stdout
         assert done.stdout.count("left out") == 1 and "1 responses cut" in done.stdout
         assert results["evaluation"] == {"rows": 2, "unreferenced_rows": 2}
         assert "2 of 2 evaluation rows have no reference" in done.stdout
