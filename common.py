@@ -40,6 +40,7 @@ import shutil
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -52,7 +53,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, broadcast_object_list, gather_object
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -96,6 +97,11 @@ def usage_error(prefix: str, *kinds: type[Exception]) -> Iterator[None]:
 # The files of a directory that determine a model; what loading one may raise.
 MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+
+OUT_OF_MEMORY = (
+    "out of memory; lower --micro-batch-size or --generation-batch-size, or add "
+    "--gradient-checkpointing or --lora-rank"
+)
 
 # ------------------------------------------------------------------------------------ arguments
 
@@ -226,7 +232,10 @@ def launch(main: Callable[[Any], None], kind: type[CommonArguments], description
     """Entry point of a script: parse and run; errors of the user or the disk are one sentence."""
     args = parse_arguments(kind, description)
     try:
-        with usage_error("cannot read or write (--output-dir, --cache-dir)", OSError):
+        with (
+            usage_error("cannot read or write (--output-dir, --cache-dir)", OSError),
+            usage_error(OUT_OF_MEMORY, torch.OutOfMemoryError),
+        ):
             main(args)
     except UsageError as problem:
         print(f"error: {problem}", file=sys.stderr)
@@ -774,20 +783,60 @@ def load_student(
 ) -> LanguageModel:
     """The student with float32 weights, prepared for LoRA or checkpointing if asked."""
     student = open_model(args, device, "student", template)
-    if rank := args.lora_rank:
-        from peft import LoraConfig
-        from peft.tuners.lora import LoraModel
-
-        # On every linear layer but the head; all else is frozen (Hu et al. 2021). Layers are
-        # replaced in place, so that backbone and head keep their places in the model.
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-        student.adapters = LoraModel(student.model, config, "default")
+    if args.lora_rank:
+        add_adapters(student, args.lora_rank)
     if args.gradient_checkpointing:
         if not student.model.supports_gradient_checkpointing:
             raise UsageError(f"--gradient-checkpointing: {student.name} does not support it")
         student.model.activation_checkpointing_enable()
     freeze_unreached(student)
+    check_saving(student, args)
     return student
+
+
+def check_saving(student: LanguageModel, args: CommonArguments) -> None:
+    """Refuse now what would fail after training: settings that cannot be saved, a full disk."""
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        usage_error(f"{student.name} could be trained, but not saved", Exception),
+    ):
+        save_settings(student, Path(directory))
+    parameters, place = list(student.model.parameters()), existing(args.output_dir or "runs")
+    # final/ and one checkpoint, which also holds two moments of what is trained.
+    size = 2 * sum(p.nbytes * (2 if p.requires_grad else 1) for p in parameters)
+    if size > (free := shutil.disk_usage(place).free):
+        raise UsageError(
+            f"a checkpoint and final/ need {size / 1e6:.1f} MB and {place} has {free / 1e6:.1f} MB "
+            "left: name another --output-dir"
+        )
+
+
+def add_adapters(student: LanguageModel, rank: int) -> None:
+    """LoRA on every linear layer but the head and on stacked experts; all else is frozen (Hu et al.
+    2021). Layers are replaced in place, so backbone and head keep their places in the model."""
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    shapes = {name: p.shape for name, p in student.model.named_parameters()}
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    stacked = [n for n, shape in shapes.items() if len(shape) == 3 and min(shape) > 1]
+    parameters = sorted({".".join(name.split(".")[-2:]) for name in stacked})
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", target_parameters=parameters
+    )
+    with usage_error("--lora-rank", ValueError):  # peft knows layers that it cannot adapt
+        student.adapters = LoraModel(student.model, config, "default")
+    adapters = student.adapters
+    reached = {f"{name}.weight" for name in adapters.targeted_module_names}
+    reached |= set(adapters.targeted_parameter_names)
+    experts = {name for name in sizes if "expert" in name}
+    if not experts & reached and 2 * sum(map(sizes.get, experts)) > sum(sizes.values()):
+        raise UsageError(
+            f"--lora-rank: no adapter reaches {student.name}'s experts ({min(experts)})"
+        )
+    kinds = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in reached})
+    share = sum(map(sizes.get, reached)) / sum(sizes.values())
+    PartialState().print(f"LoRA adapts {share:.1%} of {student.name}'s weights: {', '.join(kinds)}")
 
 
 def freeze_unreached(student: LanguageModel) -> None:
@@ -1827,17 +1876,22 @@ def start(script: str, args: CommonArguments) -> Accelerator:
     # accelerate warns of tied weights at every checkpoint, although loading ties them again.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     accelerator = Accelerator(mixed_precision="no")  # LanguageModel.backbone enters autocast
+    if (launched := os.environ.get("WORLD_SIZE", "1")) != str(accelerator.num_processes):
+        raise UsageError(
+            f"the launcher started {launched} processes, but each is alone: without a GPU, set "
+            "ACCELERATE_USE_CPU=true"
+        )
     for name, path in (
         ("--output-dir", args.output_dir or "runs"),
         ("--cache-dir", args.cache_dir),
     ):
-        nearest = next(p for p in (Path(path), *Path(path).resolve().parents) if p.exists())
+        nearest = existing(path)
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UsageError(f"cannot write in {name} {path}: {nearest} is no writable directory")
     directory = Path(args.output_dir or "runs")
     # A run that was killed before it wrote anything may have left half of its args.json.
     left = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
-    if args.output_dir and left - {"args.json.part"}:
+    if args.output_dir and left - {"args.json.part", ".lock"}:
         if args.resume:
             check_resume(directory, script, args)
         elif not args.overwrite:
@@ -1848,6 +1902,11 @@ def start(script: str, args: CommonArguments) -> Accelerator:
             )
     torch.manual_seed(args.seed)  # for the initial weights of adapters
     return accelerator
+
+
+def existing(path: str) -> Path:
+    """The path, or the nearest directory above it that exists."""
+    return next(p for p in (Path(path), *Path(path).resolve().parents) if p.exists())
 
 
 def check_resume(directory: Path, script: str, args: CommonArguments) -> None:
@@ -1932,7 +1991,7 @@ class Run:
             self._write_scores(0, self.state["before"])
 
     def _claim(self) -> Path:
-        """Create the directory atomically, so that two runs never share one."""
+        """Create the directory and lock it, so that two runs never share one."""
         flags = [
             f"{name.replace('_', '-')}-{Path(str(value)).name}"
             for name, value in changed_flags(self.args).items()
@@ -1940,13 +1999,23 @@ class Run:
         ]
         named = self.args.output_dir
         base = Path(named or "runs/" + "-".join([self.script, *flags])[:180])
-        if named and self.args.overwrite and base.exists():
-            shutil.rmtree(base)
         for number in itertools.count(1):
             directory = base if number == 1 else base.with_name(f"{base.name}-{number}")
             with contextlib.suppress(FileExistsError):
                 directory.mkdir(parents=True, exist_ok=bool(named))
-                return directory
+                break
+        # Held until the process ends.
+        self.lock = FileLock(directory / ".lock", blocking=False, is_singleton=True)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise UsageError(f"another run is writing to --output-dir {directory}") from None
+        if not self.args.resume and (directory / "args.json").exists():
+            if not self.args.overwrite:  # it was written after `start` looked
+                raise UsageError(f"another run has used --output-dir {directory} meanwhile")
+            for path in set(directory.iterdir()) - {directory / ".lock"}:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return directory
 
     def _checkpoints(self) -> list[Path]:
         """Checkpoints, oldest first. One is whole when its state.json, written last, is there."""
@@ -2109,7 +2178,9 @@ class Run:
         }
         if self.accelerator.is_main_process:
             table = results_table(results)
-            save_student(self.student, self.directory / "final", self._model_card(table))
+            kept = f"the trained weights are in {self._checkpoints()[-1]}; --resume tries again"
+            with usage_error(f"cannot write {self.directory / 'final'} ({kept})", Exception):
+                save_student(self.student, self.directory / "final", self._model_card(table))
             write_json(self.directory / "results.json", results)
             draw_curves([self.directory], self.directory / "curves.png")
             print(table)
@@ -2145,17 +2216,24 @@ def default_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def save_student(student: LanguageModel, directory: Path, card: str) -> None:
-    """Model (adapters merged), tokenizer with its template, and card."""
+def save_settings(student: LanguageModel, directory: Path) -> None:
+    """All files that a directory of the student needs but its weights: configuration, tokenizer."""
     config = student.model.generation_config
     config.eos_token_id = student.end_ids
     if not config.do_sample:  # save_pretrained refuses sampling settings of a greedy model
         for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
             setattr(config, name, None)
+    config.save_pretrained(directory)
+    student.model.config.save_pretrained(directory)
+    student.tokenizer.save_pretrained(directory)
+
+
+def save_student(student: LanguageModel, directory: Path, card: str) -> None:
+    """Model (adapters merged), tokenizer with its template, and card."""
     if student.adapters is not None:
         student.adapters.merge_and_unload()
+    save_settings(student, directory)
     student.model.save_pretrained(directory)
-    student.tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
