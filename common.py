@@ -86,22 +86,21 @@ class UsageError(Exception):
 
 @contextlib.contextmanager
 def usage_error(prefix: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds become a `UsageError`: the prefix and the first line of the message."""
+    """Errors of these kinds become a `UsageError`: the prefix and the first line of the message,
+    or the second too if the first only announces it."""
     try:
         yield
     except kinds as problem:
-        text = str(problem) or type(problem).__name__
-        raise UsageError(f"{prefix}: {text.strip().splitlines()[0][:300]}") from None
+        lines = (str(problem).strip() or type(problem).__name__).splitlines()
+        text = " ".join(lines[: 1 + lines[0].rstrip().endswith(":")])
+        raise UsageError(f"{prefix}: {text[:300]}") from None
 
 
 # The files of a directory that determine a model; what loading one may raise.
 MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
-LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-
-OUT_OF_MEMORY = (
-    "out of memory; lower --micro-batch-size or --generation-batch-size, or add "
-    "--gradient-checkpointing or --lora-rank"
-)
+LOADING_ERRORS = (
+    OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError
+)  # fmt: skip
 
 # ------------------------------------------------------------------------------------ arguments
 
@@ -234,7 +233,11 @@ def launch(main: Callable[[Any], None], kind: type[CommonArguments], description
     try:
         with (
             usage_error("cannot read or write (--output-dir, --cache-dir)", OSError),
-            usage_error(OUT_OF_MEMORY, torch.OutOfMemoryError),
+            usage_error(
+                "out of memory, which --micro-batch-size, --generation-batch-size, "
+                "--gradient-checkpointing or --lora-rank can lower",
+                torch.OutOfMemoryError,
+            ),  # fmt: skip
         ):
             main(args)
     except UsageError as problem:
@@ -716,10 +719,8 @@ def load_weights(
     check_head(loaded)
     model.has_cache = cache_is_exact(loaded)
     if not model.has_cache:
-        PartialState().print(
-            f"{model.name} ({type(weights).__name__}): this suite cannot use its cache of earlier "
-            "tokens, so it generates without one, which is slow"
-        )
+        kind = type(weights).__name__
+        PartialState().print(f"{model.name}: text is generated without {kind}'s cache, slowly")
     return weights
 
 
@@ -753,8 +754,7 @@ def check_head(model: LanguageModel) -> None:
 def cache_is_exact(model: LanguageModel) -> bool:
     """Whether text generation sees the logits that the model computes without a cache.
 
-    Two prompts of unequal length are continued by given tokens; the first ends early and leaves
-    the batch. Layers that keep a state may need another cache class or ignore padding on the left.
+    Tried on two prompts of unequal length and given answers, of which one is shorter.
     """
     ids = [1 + 7 * i % (model.vocabulary - 1) for i in range(25)]
     prompts, responses = [ids[:3], ids[3:12]], [[*ids[12:15], 0], ids[15:]]
@@ -770,7 +770,7 @@ def cache_is_exact(model: LanguageModel) -> bool:
         expected = model.logits(batch)[:]  # (14, V)
         try:
             _generate_batch(dataclasses.replace(model, end_ids=[0]), prompts, draws, choose)
-        except Exception:  # a model may raise whatever it likes about a cache it does not know
+        except Exception:  # a model may raise whatever it likes about its cache
             return False
     logits = torch.stack([x[0] for x in steps[:4]] + [x[-1] for x in steps])
     error = (logits - expected).square().mean(-1).sqrt() / expected.std(-1).clamp_min(1e-6)
@@ -783,6 +783,12 @@ def load_student(
 ) -> LanguageModel:
     """The student with float32 weights, prepared for LoRA or checkpointing if asked."""
     student = open_model(args, device, "student", template)
+    _ = student.model  # loaded now, so that wrong weights are an early error
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        usage_error(f"{student.name} could be trained, but not saved", Exception),
+    ):
+        save_student(student, Path(directory), "", state_dict={})  # all but the weights
     if args.lora_rank:
         add_adapters(student, args.lora_rank)
     if args.gradient_checkpointing:
@@ -790,25 +796,7 @@ def load_student(
             raise UsageError(f"--gradient-checkpointing: {student.name} does not support it")
         student.model.activation_checkpointing_enable()
     freeze_unreached(student)
-    check_saving(student, args)
     return student
-
-
-def check_saving(student: LanguageModel, args: CommonArguments) -> None:
-    """Refuse now what would fail after training: settings that cannot be saved, a full disk."""
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        usage_error(f"{student.name} could be trained, but not saved", Exception),
-    ):
-        save_settings(student, Path(directory))
-    parameters, place = list(student.model.parameters()), existing(args.output_dir or "runs")
-    # final/ and one checkpoint, which also holds two moments of what is trained.
-    size = 2 * sum(p.nbytes * (2 if p.requires_grad else 1) for p in parameters)
-    if size > (free := shutil.disk_usage(place).free):
-        raise UsageError(
-            f"a checkpoint and final/ need {size / 1e6:.1f} MB and {place} has {free / 1e6:.1f} MB "
-            "left: name another --output-dir"
-        )
 
 
 def add_adapters(student: LanguageModel, rank: int) -> None:
@@ -817,46 +805,38 @@ def add_adapters(student: LanguageModel, rank: int) -> None:
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
-    shapes = {name: p.shape for name, p in student.model.named_parameters()}
-    sizes = {name: shape.numel() for name, shape in shapes.items()}
-    stacked = [n for n, shape in shapes.items() if len(shape) == 3 and min(shape) > 1]
-    parameters = sorted({".".join(name.split(".")[-2:]) for name in stacked})
+    named = list(student.model.named_parameters())
+    stacks = {".".join(n.split(".")[-2:]) for n, p in named if p.ndim == 3 and min(p.shape) > 1}
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", target_parameters=parameters
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", target_parameters=sorted(stacks)
     )
     with usage_error("--lora-rank", ValueError):  # peft knows layers that it cannot adapt
         student.adapters = LoraModel(student.model, config, "default")
-    adapters = student.adapters
-    reached = {f"{name}.weight" for name in adapters.targeted_module_names}
-    reached |= set(adapters.targeted_parameter_names)
-    experts = {name for name in sizes if "expert" in name}
-    if not experts & reached and 2 * sum(map(sizes.get, experts)) > sum(sizes.values()):
-        raise UsageError(
-            f"--lora-rank: no adapter reaches {student.name}'s experts ({min(experts)})"
-        )
-    kinds = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in reached})
-    share = sum(map(sizes.get, reached)) / sum(sizes.values())
-    PartialState().print(f"LoRA adapts {share:.1%} of {student.name}'s weights: {', '.join(kinds)}")
+    reached = {f"{name}.weight" for name in student.adapters.targeted_module_names}
+    reached |= set(student.adapters.targeted_parameter_names)
+    total, experts = sum(p.numel() for _, p in named), [n for n, _ in named if "expert" in n]
+    if not reached & {*experts} and 2 * sum(p.numel() for n, p in named if n in experts) > total:
+        raise UsageError(f"--lora-rank cannot adapt the experts of {student.name} ({experts[0]})")
+    share = sum(p.numel() for n, p in named if n in reached) / total
+    kinds = ", ".join(sorted({n.removesuffix(".weight").rpartition(".")[2] for n in reached}))
+    PartialState().print(f"LoRA adapts {share:.1%} of the weights of {student.name}: {kinds}")
 
 
 def freeze_unreached(student: LanguageModel) -> None:
-    """Freeze what text does not reach, a vision tower for example: DDP would wait for its gradient.
+    """Freeze what text does not reach, as a vision tower: DDP would wait for its gradient.
 
     Experts without a token are reached: they are slices of one parameter and get zeros.
     """
-    named = [(n, p) for n, p in student.model.named_parameters() if p.requires_grad]
     ids = torch.arange(8, device=student.device)[None] % student.vocabulary
-    logits = student.model(input_ids=ids, use_cache=False).logits
-    gradients = torch.autograd.grad(logits.sum(), [p for _, p in named], allow_unused=True)
-    unreached = [pair for pair, g in zip(named, gradients, strict=True) if g is None]
-    for _, parameter in unreached:
-        parameter.requires_grad_(False)
-    if unreached:
-        share = sum(p.numel() for _, p in unreached) / sum(p.numel() for _, p in named)
-        PartialState().print(
-            f"{student.name}: text does not reach {share:.1%} of the parameters, so they are "
-            f"frozen; the first is {unreached[0][0]}"
-        )
+    trained = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
+    total = student.model(input_ids=ids, use_cache=False).logits.sum()
+    gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+    left = [name for name, g in zip(trained, gradients, strict=True) if g is None]
+    for name in left:
+        trained[name].requires_grad_(False)
+    if left:
+        more = f"{left[0]} and {len(left) - 1} other tensors of {student.name}"
+        PartialState().print(f"text does not reach {more}: they are frozen")
 
 
 def load_pair(args: CommonArguments, device: torch.device) -> Pair:
@@ -868,8 +848,7 @@ def load_pair(args: CommonArguments, device: torch.device) -> Pair:
         teacher.states_dir = Path(args.cache_dir) / "states" / f"{teacher.digest}-{dtype}"
         if (path := teacher.states_dir / "head.safetensors").exists():
             teacher.cached_head = Head(**read_tensors(path, device))
-    # Loaded now rather than at the first use, so that wrong weights are an early error.
-    _ = student.model, teacher.cached_head or teacher.model
+    _ = teacher.cached_head or teacher.model  # loaded now, as the student
     return Pair(student, teacher)
 
 
@@ -1885,7 +1864,7 @@ def start(script: str, args: CommonArguments) -> Accelerator:
         ("--output-dir", args.output_dir or "runs"),
         ("--cache-dir", args.cache_dir),
     ):
-        nearest = existing(path)
+        nearest = next(p for p in (Path(path), *Path(path).resolve().parents) if p.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UsageError(f"cannot write in {name} {path}: {nearest} is no writable directory")
     directory = Path(args.output_dir or "runs")
@@ -1902,11 +1881,6 @@ def start(script: str, args: CommonArguments) -> Accelerator:
             )
     torch.manual_seed(args.seed)  # for the initial weights of adapters
     return accelerator
-
-
-def existing(path: str) -> Path:
-    """The path, or the nearest directory above it that exists."""
-    return next(p for p in (Path(path), *Path(path).resolve().parents) if p.exists())
 
 
 def check_resume(directory: Path, script: str, args: CommonArguments) -> None:
@@ -1968,6 +1942,13 @@ class Run:
         self.directory = Path()
         if accelerator.is_main_process:
             self.directory = self._claim()
+            # final/ and one checkpoint, which also holds two moments of what is trained.
+            parameters = self.student.model.parameters()
+            size = sum(p.nbytes * (4 if p.requires_grad else 2) for p in parameters)
+            if size > shutil.disk_usage(self.directory).free:
+                raise UsageError(
+                    f"{self.directory}: no room for its {size / 1e6:.1f} MB of weights"
+                )
             if not (self.directory / "args.json").exists():
                 write_json(self.directory / "args.json", all_arguments(script, args))
             print(f"run directory: {self.directory}")
@@ -2006,10 +1987,8 @@ class Run:
                 break
         # Held until the process ends.
         self.lock = FileLock(directory / ".lock", blocking=False, is_singleton=True)
-        try:
+        with usage_error(f"another run is writing to --output-dir {directory}", Timeout):
             self.lock.acquire()
-        except Timeout:
-            raise UsageError(f"another run is writing to --output-dir {directory}") from None
         if not self.args.resume and (directory / "args.json").exists():
             if not self.args.overwrite:  # it was written after `start` looked
                 raise UsageError(f"another run has used --output-dir {directory} meanwhile")
@@ -2216,24 +2195,17 @@ def default_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def save_settings(student: LanguageModel, directory: Path) -> None:
-    """All files that a directory of the student needs but its weights: configuration, tokenizer."""
+def save_student(student: LanguageModel, directory: Path, card: str, **options: Any) -> None:
+    """Model (adapters merged), tokenizer with its template, and card."""
     config = student.model.generation_config
     config.eos_token_id = student.end_ids
     if not config.do_sample:  # save_pretrained refuses sampling settings of a greedy model
         for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
             setattr(config, name, None)
-    config.save_pretrained(directory)
-    student.model.config.save_pretrained(directory)
-    student.tokenizer.save_pretrained(directory)
-
-
-def save_student(student: LanguageModel, directory: Path, card: str) -> None:
-    """Model (adapters merged), tokenizer with its template, and card."""
     if student.adapters is not None:
         student.adapters.merge_and_unload()
-    save_settings(student, directory)
-    student.model.save_pretrained(directory)
+    student.model.save_pretrained(directory, **options)
+    student.tokenizer.save_pretrained(directory)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
