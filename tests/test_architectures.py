@@ -233,3 +233,65 @@ def test_refused_architecture(kind: str, tmp_path: Path):
     with pytest.raises(UsageError, match=reason) as problem:
         student_of(save(tmp_path, kind, changes))
     assert str(tmp_path) in str(problem.value)
+
+
+LORA = {
+    "llama": "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+    "gpt2": "c_attn, c_fc, c_proj",
+    "gpt_oss": "down_proj, gate_up_proj, k_proj, o_proj, q_proj, v_proj",
+    "mixtral": "down_proj, gate, gate_up_proj, k_proj, o_proj, q_proj, v_proj",
+    "jamba": "down_proj, ",  # its expert layers and what is beside them
+    "gemma3": "down_proj, ",
+}
+
+
+@pytest.mark.parametrize("kind", LORA)
+def test_adapters_reach_experts(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """They are named, they learn, each gets a gradient, and merged they are the trained model."""
+    pytest.importorskip("peft")
+    base = save(tmp_path / "s", kind)
+    student = student_of(base, lora_rank=2)
+    out = capsys.readouterr().out
+    assert "LoRA adapts " in out and f"{base}: {LORA[kind]}" in out
+    trained = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    experts = {name for name in trained if "expert" in name}
+    assert bool(experts) == (kind in ("gpt_oss", "mixtral", "jamba"))
+    optimizer = common.make_optimizer(student.model, token_level.Arguments(learning_rate=1e-2))
+    losses = []
+    for _ in range(4):
+        loss = loss_of(student)
+        loss.backward()
+        assert all(p.grad is not None for p in trained.values())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    ids = EXAMPLES[1].ids
+    with torch.no_grad():
+        before = logits_alone(student.model, ids, V)
+        common.save_student(student, tmp_path / "final", "card")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+        torch.testing.assert_close(logits_alone(loaded, ids, V), before, rtol=1e-4, atol=1e-4)
+    ours, theirs = dict(build(kind, ARCHITECTURES[kind]).named_parameters()), loaded.state_dict()
+    moved = {name for name, p in ours.items() if not torch.equal(p, theirs[name])}
+    assert any("expert" in name for name in moved) == bool(experts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("mamba2", None, "--lora-rank: .*out_proj"),
+        (
+            "dbrx",  # all experts in one matrix
+            {"alone": True, "vocab_size": V, "d_model": 32, "n_heads": 4, "n_layers": 2,
+             "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+             "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}},
+            r"--lora-rank cannot adapt the experts of .*\.experts\.",
+        ),
+    ],
+)  # fmt: skip
+def test_adapters_that_would_miss_most_are_refused(kind, changes, reason, tmp_path: Path):
+    pytest.importorskip("peft")
+    with pytest.raises(UsageError, match=reason):
+        student_of(save(tmp_path, kind, changes), lora_rank=2)
