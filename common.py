@@ -725,19 +725,17 @@ def load_weights(
 
 
 def check_head(model: LanguageModel) -> None:
-    """Refuse a model whose logits are not those that `Head` computes from its hidden states, or
-    change with padding on the right."""
+    """Refuse a model whose logits are not those that `Head` computes from its hidden states."""
     layer, size = model.model.get_output_embeddings(), model.vocabulary
     if layer is None or not hasattr(layer, "weight"):
         raise UsageError(f"{model.name} has no output embeddings, so its head cannot be chunked")
     if (rows := len(layer.weight)) < size:
         raise UsageError(f"{model.name}: the tokenizer knows {size} ids, the model {rows}")
     ids = torch.arange(min(8, size), device=model.device)[None]
-    padded, dtype = F.pad(ids, (0, 4)), model.model.dtype
+    dtype = model.model.dtype
     with torch.no_grad(), usage_error(f"{model.name} cannot be used", RuntimeError):
         expected = model.model(input_ids=ids, use_cache=False).logits[0, :, :size]
-        hidden = model.model.base_model(padded, use_cache=False)[0][0, : ids.shape[1]]
-        logits = model.head().logits(hidden)
+        logits = model.head().logits(model.model.base_model(ids, use_cache=False)[0][0])
     if not expected.isfinite().all():
         half = dtype == torch.float16
         advice = "it overflows: set another --teacher-dtype" if half else "its weights are damaged"
@@ -827,16 +825,15 @@ def freeze_unreached(student: LanguageModel) -> None:
 
     Experts without a token are reached: they are slices of one parameter and get zeros.
     """
-    ids = torch.arange(8, device=student.device)[None] % student.vocabulary
     trained = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
-    total = student.model(input_ids=ids, use_cache=False).logits.sum()
-    gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+    logits = student.logits(collate([Tokens([1, 2, 3, 4], [2, 3])], student.device))[:]
+    gradients = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
     left = [name for name, g in zip(trained, gradients, strict=True) if g is None]
     for name in left:
         trained[name].requires_grad_(False)
     if left:
-        more = f"{left[0]} and {len(left) - 1} other tensors of {student.name}"
-        PartialState().print(f"text does not reach {more}: they are frozen")
+        what = f"{left[0]} and {len(left) - 1} other tensors of {student.name}"
+        PartialState().print(f"frozen, as text does not reach them: {what}")
 
 
 def load_pair(args: CommonArguments, device: torch.device) -> Pair:
@@ -1280,11 +1277,10 @@ def _generate_batch(
                 use_cache=True,
             ).last_hidden_state[:, -1]  # (rows, d)  # fmt: skip
         else:
-            written = [[i for i in r if i >= 0] for r in responses[rows].tolist()]
-            texts = [prompts[i] + r for i, r in zip(rows.tolist(), written, strict=True)]
-            hidden = model.hidden_states(
-                collate([Tokens([*t, 0], [len(t)]) for t in texts], device)
-            )
+            written = [[i for i in r if i >= 0] for r in responses.tolist()]
+            texts = [prompts[i] + written[i] for i in rows.tolist()]
+            batch = collate([Tokens([*t, 0], [len(t)]) for t in texts], device)
+            hidden = model.hidden_states(batch)  # reads all of each text again
         tokens = choose(head.logits(hidden), draws[rows, step])
         responses[rows, step] = torch.where(done, -1, tokens)
         done = done | torch.isin(tokens, ends) | (step + 1 >= limits[rows])
@@ -1841,7 +1837,7 @@ def gap_recovered(before: list[Tally], after: list[Tally], teacher: list[Tally])
 
 # -------------------------------------------------------------------------------- run directory
 
-# Flags that may differ on --resume: they change nothing that the student learns from.
+# Flags that may differ on --resume: they change what the student learns by rounding at most.
 FLAGS_FREE_ON_RESUME = {
     "output_dir", "overwrite", "resume", "cache_dir", "save_steps", "save_total_limit",
     "eval_steps", "logging_steps", "generation_batch_size", "report_to",
@@ -1857,7 +1853,7 @@ def start(script: str, args: CommonArguments) -> Accelerator:
     accelerator = Accelerator(mixed_precision="no")  # LanguageModel.backbone enters autocast
     if (launched := os.environ.get("WORLD_SIZE", "1")) != str(accelerator.num_processes):
         raise UsageError(
-            f"the launcher started {launched} processes, but each is alone: without a GPU, set "
+            f"{launched} processes were started, but each is alone: without a GPU, set "
             "ACCELERATE_USE_CPU=true"
         )
     for name, path in (
@@ -1946,9 +1942,7 @@ class Run:
             parameters = self.student.model.parameters()
             size = sum(p.nbytes * (4 if p.requires_grad else 2) for p in parameters)
             if size > shutil.disk_usage(self.directory).free:
-                raise UsageError(
-                    f"{self.directory}: no room for its {size / 1e6:.1f} MB of weights"
-                )
+                raise UsageError(f"no room in {self.directory} for {size / 1e6:.1f} MB of weights")
             if not (self.directory / "args.json").exists():
                 write_json(self.directory / "args.json", all_arguments(script, args))
             print(f"run directory: {self.directory}")
