@@ -128,8 +128,8 @@ def serve() -> Iterator[Callable[..., Server]]:
 def ask(tmp_path, tiny, monkeypatch) -> Callable[..., list[Completion]]:
     """Answers of the model on a server to words; the client's own pauses are short."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.02)
-    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.1)
+    monkeypatch.setattr(sequence_level, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(sequence_level, "LAST_PAUSE", 0.1)
     student = tiny("llama")
 
     def ask(server: Server, words: list[str], temperature: float = 0.0, **flags: Any):
