@@ -44,6 +44,7 @@ from common import Batch, CommonArguments, Completion, Example, LanguageModel, U
 
 OBJECTIVE = common.Objective(ce_weight=1.0)
 KEY = "OPENAI_API_KEY"
+URL = r"https?://(\[[\w:]+\]|[^][\s/?#@:]+)(:\d+)?(/[^\s?#@]*)?"
 ATTEMPTS = 10  # for one answer
 FIRST_PAUSE, LAST_PAUSE, LONGEST_PAUSE = 0.5, 8.0, 600.0  # seconds; the longest for Retry-After
 FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"}  # finish_reasons
@@ -81,8 +82,7 @@ class Arguments(CommonArguments):
         """Refuse flags that contradict each other, before anything is loaded."""
         changed, url = common.changed_flags(self), self.api_base_url
         api = [common.as_flag(name) for name in changed if name.startswith("api_")]
-        here = {"teacher", "teacher_revision", "teacher_dtype", "cache_teacher"}
-        local = [common.as_flag(name) for name in changed if name in here]
+        local = [common.as_flag(name) for name in changed if "teacher" in name]
         selecting = changed.keys() & {"samples_per_prompt", "keep_matching"}
         for wrong, message in (
             (min(self.samples_per_prompt, self.api_concurrency, self.api_timeout) <= 0,
@@ -91,12 +91,11 @@ class Arguments(CommonArguments):
             (self.samples_per_prompt > 1 and self.sampling_temperature == 0,
              "--samples-per-prompt at --sampling-temperature 0 would be one answer many times"),
             (selecting and self.completions == "dataset",
-             "--samples-per-prompt and --keep-matching select from the teacher's text, not from "
-             "that of --completions dataset"),
+             "--samples-per-prompt and --keep-matching select from the teacher's text, not others"),
             (api and not url, f"{', '.join(api)} needs --api-base-url"),
             (url and local, f"{', '.join(local)} is for a teacher that is loaded here, not an API"),
             (url and not self.api_model, "--api-base-url needs --api-model, the teacher's name"),
-            (url and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", url),
+            (url and not re.fullmatch(URL, url),
              "--api-base-url must look like https://HOST/v1, without user name, password or "
              f"parameters: a key belongs in the environment, {KEY}"),
             (url and not importlib.util.find_spec("openai"),
@@ -212,8 +211,8 @@ class ApiTeacher:
 
     Answers are cached like those of a local teacher, found by server, model, settings, messages and
     the number of the sample. Each is recorded before its worker asks for the next, so that a killed
-    run loses at most --api-concurrency of them. The key is in no file, and cut from what is said.
-    Greetings tell what is wrong with the server from what is wrong with one prompt.
+    run loses at most --api-concurrency of them. The key is in no file and no message. Greetings
+    tell what is wrong with the server from what is wrong with one prompt.
     """
 
     def __init__(self, args: Arguments, student: LanguageModel) -> None:
@@ -224,7 +223,6 @@ class ApiTeacher:
         if not (self.key.isascii() and self.key.isprintable()):
             raise UsageError(f"{KEY} holds characters that no header can carry")
         self.base_url = args.api_base_url.rstrip("/")
-        # The name of the limit: some servers want max_completion_tokens.
         self.limit, self.takes_seed, self.greeted = "max_tokens", True, False
 
     def complete(
@@ -232,9 +230,8 @@ class ApiTeacher:
     ) -> list[Completion]:
         """Answers to the prompts' conversations, from the cache if they are there.
 
-        Where there is none, the prompt is named and `finished` is None. Raises `UsageError` for a
-        refused key, model or setting, for a server that does not recover, and for too many prompts
-        without an answer; what it had written until then is kept.
+        Where there is none, `finished` is None. Raises `UsageError` for a refused key or setting, a
+        server that stays down, and too many prompts without an answer; answers until then are kept.
         """
         asked = [p.conversation.messages for p in prompts]
         sampling["temperature"] = sampling["temperature"] or args.api_greedy_temperature
@@ -295,7 +292,7 @@ class ApiTeacher:
 
     def _adapt(self, reason: str, status: int | None, request: dict[str, Any]) -> None:
         """Leave out what a refusal names, if the student learns the same; else `UsageError`."""
-        named = reason.replace(self.args.api_model, "") if status in {400, 422} else ""
+        named = reason if status in {400, 422} else ""
         if "max_completion_tokens" in named and self.limit == "max_tokens":
             self.limit = "max_completion_tokens"
         elif "seed" in named and self.takes_seed:
@@ -304,12 +301,10 @@ class ApiTeacher:
         else:
             later = f"gave no answer in {ATTEMPTS} attempts, run the same command again later"
             key = f"refuses the key in {KEY}" if self.key else f"wants a key: set {KEY}"
-            cause = {401: key, 403: key, 404: f"has no model {self.args.api_model}", None: later}
+            cause = {401: key, 403: key, 404: f"has no {self.args.api_model}", None: later}
             cause = cause.get(status, "refuses the request")
             if "temperature" in named and request["temperature"] == 0:
-                cause = (
-                    "takes no temperature 0, --api-greedy-temperature 1 asks for samples instead"
-                )
+                cause = "takes no temperature 0 (--api-greedy-temperature 1 asks for samples)"
             raise UsageError(f"{self.base_url} {cause}: {reason}")
 
     async def _ask(self, client: Any, request: dict[str, Any]) -> tuple[Completion, int | None]:
@@ -333,9 +328,7 @@ class ApiTeacher:
                     break
             except TimeoutError:
                 reason = f"no answer within --api-timeout {self.args.api_timeout:g} seconds"
-            except self.openai.APIConnectionError as problem:
-                reason = self._scrubbed(problem)
-            except (ValueError, RecursionError) as problem:
+            except (self.openai.APIConnectionError, ValueError, RecursionError) as problem:
                 reason = f"no completion: {self._scrubbed(problem)}"
         return Completion(reason, None, 0, None), None
 
@@ -375,7 +368,7 @@ class ApiTeacher:
         if isinstance(problem, self.openai.APIConnectionError):
             while problem := problem.__cause__ or problem.__context__:
                 words = str(problem) or words  # the innermost cause tells most
-        words = words.replace(self.key, "[key]") if self.key else words
+        words = words.replace(self.key or "\0", "[key]").encode("utf-8", "replace").decode()
         return (words.strip().splitlines() or ["nothing"])[0][:300]
 
 
