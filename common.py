@@ -109,7 +109,8 @@ LOADING_ERRORS = (
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field that `HfArgumentParser` turns into a command-line flag."""
-    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+    metavar = {"metavar": "N"} if type(default) in (int, float) else {}
+    return field(default=default, metadata={"help": help, **metavar, **metadata})
 
 
 @dataclass
@@ -976,7 +977,7 @@ class Completion(NamedTuple):
     """An answer that a model wrote."""
 
     text: str  # without its end-of-turn token
-    finished: bool  # False: cut by the length limit
+    finished: bool | None  # False: cut by the length limit; None: no answer, `text` says why
     length: int  # in tokens, the end-of-turn token included
     ids: list[int] | None  # None from an API, which gives only text
 
@@ -1175,7 +1176,7 @@ def tokenize_completions(
         response = ids[start:]
         if ids[:start] != prompt.student or (completion.text and not response):
             response = encode(completion.text).input_ids
-        responses.append(response + model.end_ids[:1] * completion.finished)
+        responses.append(response + model.end_ids[:1] * bool(completion.finished))
     return responses
 
 
@@ -1430,6 +1431,8 @@ def cached_completions(
         counts[repr(value)] += temperature > 0
     with exclusive(path.with_suffix(".lock")):
         known = _read_completions(path)
+        if not (args.resume and Path(args.output_dir).exists()):  # else its text must not change
+            known = {key: c for key, c in known.items() if c.finished is not None}
         missing = {key: i for i, key in enumerate(keys) if key not in known}
         mine = dict(my_share(list(missing.items())))
         PartialState().wait_for_everyone()  # all must divide the same missing keys
@@ -1797,6 +1800,11 @@ class Evaluator:
             teacher.complete(prompts, args, temperature=t, purpose=f"{kind} evaluation answers")
             for t, kind in ((0.0, "greedy"), (1.0, "sampled"))
         )
+        rows = zip(prompts, greedy, samples, strict=True)
+        rows = [row for row in rows if all(answer.finished is not None for answer in row[1:])]
+        if not rows:
+            raise UsageError("no evaluation prompt got an answer")
+        prompts, greedy, samples = zip(*rows, strict=True)
         self.args, self.student = args, pair.student
         self.comparable = pair.same_vocabulary  # then the student reads the teacher's ids
         self.shared_ends = teacher.end_ids if self.comparable else []

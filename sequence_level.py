@@ -23,11 +23,13 @@ student does not learn from answers that the length limit cut, empty ones and re
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import importlib.util
 import json
 import os
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,10 +44,15 @@ from common import Batch, CommonArguments, Completion, Example, LanguageModel, U
 
 OBJECTIVE = common.Objective(ce_weight=1.0)
 KEY = "OPENAI_API_KEY"
+URL = r"https?://(\[[\w:]+\]|[^][\s/?#@:]+)(:\d+)?(/[^\s?#@]*)?"
 ATTEMPTS = 10  # for one answer
+FIRST_PAUSE, LAST_PAUSE, LONGEST_PAUSE = 0.5, 8.0, 600.0  # seconds; the longest for Retry-After
+FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"}  # finish_reasons
+CUT = {"length", "max_tokens", "model_length"}
+HELLO = [{"role": "user", "content": "Hello"}]
 
 # Retry settings change nothing that the student learns from.
-common.FLAGS_FREE_ON_RESUME.update({"api_concurrency", "api_timeout"})
+common.FLAGS_FREE_ON_RESUME.update({"api_concurrency", "api_timeout", "api_max_failures"})
 
 
 @dataclass
@@ -67,50 +74,35 @@ class Arguments(CommonArguments):
     )
     api_model: str | None = flag(None, "the teacher's name on that server")
     api_concurrency: int = flag(8, "requests under way at a time")
-    api_timeout: float = flag(
-        600.0, "seconds for one answer, with its retries, before it is asked again"
-    )
+    api_timeout: float = flag(600.0, "seconds for one answer before it is asked again")
+    api_max_failures: float = flag(0.1, "share of prompts without an answer that ends the run")
+    api_greedy_temperature: float = flag(0.0, "what a server that refuses 0 is asked for instead")
 
     def check(self) -> None:
         """Refuse flags that contradict each other, before anything is loaded."""
-        changed = common.changed_flags(self)
-        if self.samples_per_prompt < 1 or self.api_concurrency < 1 or self.api_timeout <= 0:
-            raise UsageError(
-                "--samples-per-prompt, --api-concurrency and --api-timeout must be above 0"
-            )
-        if self.samples_per_prompt > 1 and self.sampling_temperature == 0:
-            raise UsageError(
-                f"--samples-per-prompt {self.samples_per_prompt} at --sampling-temperature 0 would "
-                "be one answer many times: give a temperature above 0"
-            )
+        changed, url = common.changed_flags(self), self.api_base_url
+        api = [common.as_flag(name) for name in changed if name.startswith("api_")]
+        local = [common.as_flag(name) for name in changed if "teacher" in name]
         selecting = changed.keys() & {"samples_per_prompt", "keep_matching"}
-        if selecting and self.completions == "dataset":
-            raise UsageError(
-                "--samples-per-prompt and --keep-matching select from the teacher's text, and "
-                "--completions dataset trains on the data set's own"
-            )
-        if self.api_base_url is None:
-            for name in changed.keys() & {"api_model", "api_concurrency", "api_timeout"}:
-                raise UsageError(f"{common.as_flag(name)} needs --api-base-url")
-        else:
-            self._check_api(changed)
-
-    def _check_api(self, changed: dict[str, Any]) -> None:
-        local = {"teacher", "teacher_revision", "teacher_dtype", "cache_teacher"}
-        for name in changed.keys() & local:
-            raise UsageError(
-                f"{common.as_flag(name)} is for a teacher that is loaded here, and --api-base-url "
-                "names one that is not: choose one"
-            )
-        if self.api_model is None:
-            raise UsageError("--api-base-url needs --api-model, the teacher's name on that server")
-        if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", self.api_base_url):
-            raise UsageError(
-                "--api-base-url must look like https://HOST/v1, without user name, password or "
-                f"parameters: a key belongs in the environment, {KEY}"
-            )
-        if not importlib.util.find_spec("openai"):
-            raise UsageError('--api-base-url needs the openai client: pip install -e ".[api]"')
+        for wrong, message in (
+            (min(self.samples_per_prompt, self.api_concurrency, self.api_timeout) <= 0,
+             "--samples-per-prompt, --api-concurrency and --api-timeout must be above 0"),
+            (self.api_max_failures > 1, "--api-max-failures is a share, from 0 to 1"),
+            (self.samples_per_prompt > 1 and self.sampling_temperature == 0,
+             "--samples-per-prompt at --sampling-temperature 0 would be one answer many times"),
+            (selecting and self.completions == "dataset",
+             "--samples-per-prompt and --keep-matching select from the teacher's text, not others"),
+            (api and not url, f"{', '.join(api)} needs --api-base-url"),
+            (url and local, f"{', '.join(local)} is for a teacher that is loaded here, not an API"),
+            (url and not self.api_model, "--api-base-url needs --api-model, the teacher's name"),
+            (url and not re.fullmatch(URL, url),
+             "--api-base-url must look like https://HOST/v1, without user name, password or "
+             f"parameters: a key belongs in the environment, {KEY}"),
+            (url and not importlib.util.find_spec("openai"),
+             '--api-base-url needs the openai client: pip install -e ".[api]"'),
+        ):  # fmt: skip
+            if wrong:
+                raise UsageError(message)
 
 
 class SequenceLevelLoss(nn.Module):
@@ -162,13 +154,13 @@ def select(
     """
     kept: list[Example] = []
     counts = Counter(written=len(answers), kept=0, cut_short=0, too_long=0, empty=0, duplicates=0)
-    if args.keep_matching:
-        counts["not_matching"] = 0
     known = set()
     for example, answer in zip(examples, answers, strict=True):
         conversation = example.prompt.conversation
         row = (conversation.prompt_key(), answer.text)
-        if not answer.finished:
+        if answer.finished is None:
+            counts.update(unanswered=1, written=-1)
+        elif not answer.finished:
             counts["cut_short"] += 1
         elif len(example.student.ids) > args.max_length:
             counts["too_long"] += 1
@@ -220,8 +212,8 @@ class ApiTeacher:
 
     Answers are cached like those of a local teacher, found by server, model, settings, messages and
     the number of the sample. Each is recorded before its worker asks for the next, so that a killed
-    run loses at most --api-concurrency of them. The key is in no file, and removed from what a
-    server says.
+    run loses at most --api-concurrency of them. The key is in no file and no message. Greetings
+    tell what is wrong with the server from what is wrong with one prompt.
     """
 
     def __init__(self, args: Arguments, student: LanguageModel) -> None:
@@ -232,154 +224,168 @@ class ApiTeacher:
         if not (self.key.isascii() and self.key.isprintable()):
             raise UsageError(f"{KEY} holds characters that no header can carry")
         self.base_url = args.api_base_url.rstrip("/")
-        self.limit = "max_tokens"  # the limit's name: some servers want max_completion_tokens
-        self.takes_seed = True
+        self.limit, self.takes_seed, self.greeted = "max_tokens", True, False
 
     def complete(
         self, prompts: Sequence[common.Prompt], args: Arguments, **sampling: Any
     ) -> list[Completion]:
         """Answers to the prompts' conversations, from the cache if they are there.
 
-        Raises `UsageError` for a refused key, model or request, and for a server that does not
-        recover; what it had written until then is kept.
+        Where there is none, `finished` is None. Raises `UsageError` for a refused key or setting, a
+        server that stays down, and too many prompts without an answer; answers until then are kept.
         """
-        for talk in (p.conversation for p in prompts):
+        talks = [p.conversation for p in prompts]
+        for talk in talks:
             if "tools" in talk.options or any("tool_calls" in m for m in talk.messages):
                 raise UsageError(f"{talk.source}: tools need a teacher that is loaded here")
-        fields = ("role", "content", "name")
-        asked = [
-            [{f: m[f] for f in fields if f in m} for m in p.conversation.messages] for p in prompts
-        ]
+        asked = [talk.messages + [talk.options] * bool(talk.options) for talk in talks]
+        sampling["temperature"] = sampling["temperature"] or args.api_greedy_temperature
 
         def write(missing: dict[str, int], record: Callable[[str, Completion], None]) -> None:
-            queue = {key: asked[i] for key, i in missing.items()}
+            queue = {key: talks[i] for key, i in missing.items()}
             asyncio.run(self._ask_all(queue, record, sampling))
 
         identity = ["api", self.base_url, args.api_model]
-        return common.cached_completions(prompts, asked, identity, args, write, **sampling)
+        answers = common.cached_completions(prompts, asked, identity, args, write, **sampling)
+        both = zip(prompts, answers, strict=True)
+        failed = [f"\n  {p.conversation.source}: {a.text}" for p, a in both if a.finished is None]
+        if failed:
+            PartialState().print(
+                f"{sampling['purpose']}: {len(failed)} of {len(prompts)} prompts got no answer and "
+                f"are left out; a new run asks them again:{''.join(failed)}"
+            )
+        return answers
 
     async def _ask_all(
-        self,
-        queue: dict[str, list[common.Message]],
-        record: Callable[[str, Completion], None],
-        sampling: dict[str, Any],
+        self, queue: dict[str, common.Conversation], record: Callable[..., None], sampling: Any
     ) -> None:
-        """Ask --api-concurrency at a time, and record each answer as it arrives.
-
-        The client retries what may pass by itself (408, 409, 429, 5xx, broken connections) with
-        growing pauses, and obeys Retry-After.
-        """
-        waiting = iter(queue.items())
-        client = self.openai.AsyncOpenAI(
-            base_url=self.base_url, api_key=self.key or "none", max_retries=ATTEMPTS - 1,
-            timeout=self.args.api_timeout,
-        )  # fmt: skip
+        """Ask --api-concurrency at a time, and record each answer or failure as it arrives."""
+        waiting, counts = iter(queue.items()), Counter()
 
         async def work() -> None:
-            for key, messages in waiting:
-                record(key, await self._ask(client, key, messages, sampling))
+            for key, talk in waiting:
+                answer, _ = await self._ask(client, self._request(key, talk, **sampling))
+                if answer.finished is None:
+                    await self._greet(client)
+                record(key, answer)
+                counts[answer.finished is None] += 1
+                if counts[True] > self.args.api_max_failures * max(50, counts.total()):
+                    raise UsageError(
+                        f"{counts[True]} of {counts.total()} prompts got no answer, too many for "
+                        f"--api-max-failures; the last: {talk.source}: {answer.text}"
+                    )
 
         workers = max(1, self.args.api_concurrency // PartialState().num_processes)
-        async with client:
+        async with self.openai.AsyncOpenAI(
+            base_url=self.base_url, api_key=self.key or "none", max_retries=0, timeout=None,
+        ) as client:  # fmt: skip
+            if not self.greeted:
+                await self._greet(client)
             await asyncio.gather(*(work() for _ in range(workers)))
 
-    async def _ask(
-        self, client: Any, key: str, messages: list[common.Message], sampling: dict[str, Any]
-    ) -> Completion:
-        """One answer, asked for again if what arrives is none or arrives too late."""
-        reason = ""
-        for _ in range(ATTEMPTS):
-            request = self._request(key, messages, **sampling)
+    async def _greet(self, client: Any) -> None:
+        """Return when a greeting was answered with each setting of the run; else `UsageError`."""
+        wanted, greedy = self.args.sampling_temperature, self.args.api_greedy_temperature
+        hello = common.Conversation(HELLO, None, [], "", json.loads(self.args.template_kwargs))
+        for temperature in sorted({wanted or greedy, greedy, 1.0}):
+            top_p = self.args.top_p if temperature == wanted else 1.0
+            request = self._request("", hello, temperature, top_p)
+            answer, status = await self._ask(client, request)
+            if answer.finished is None:
+                self._adapt(answer.text, status, request)
+                return await self._greet(client)
+        self.greeted = True
+
+    def _adapt(self, reason: str, status: int | None, request: dict[str, Any]) -> None:
+        """Leave out what a refusal names, if the student learns the same; else `UsageError`."""
+        named = reason if status in {400, 422} else ""
+        if "max_completion_tokens" in named and self.limit == "max_tokens":
+            self.limit = "max_completion_tokens"
+        elif "seed" in named and self.takes_seed:
+            self.takes_seed = False
+            PartialState().print(f"{self.base_url} takes no seed: other runs get other samples")
+        else:
+            later = f"gave no answer in {ATTEMPTS} attempts, run the same command again later"
+            key = f"refuses the key in {KEY}" if self.key else f"wants a key: set {KEY}"
+            cause = {401: key, 403: key, 404: f"has no {self.args.api_model}", None: later}
+            cause = cause.get(status, "refuses the request")
+            if "temperature" in named and request["temperature"] == 0:
+                cause = "takes no temperature 0 (--api-greedy-temperature 1 asks for samples)"
+            raise UsageError(f"{self.base_url} {cause}: {reason}")
+
+    async def _ask(self, client: Any, request: dict[str, Any]) -> tuple[Completion, int | None]:
+        """The answer; else the reason as one with `finished` None, and the status of a refusal."""
+        reason, pause = "", 0.0
+        for attempt in range(ATTEMPTS):
+            await asyncio.sleep(pause)
+            pause = min(FIRST_PAUSE * 2**attempt, LAST_PAUSE)
             try:
                 async with asyncio.timeout(self.args.api_timeout):
-                    return self._completion(await client.chat.completions.create(**request))
+                    raw = await client.chat.completions.with_raw_response.create(**request)
+                return self._completion(raw.http_response.json()), None
             except self.openai.APIStatusError as problem:
-                if self._adapted(request, problem):
-                    continue
-                reason = self._check_refusal(problem)
-                break
+                status = problem.status_code
+                reason = f"({status}) {self._scrubbed(problem)}"
+                passes = status >= 500 or status in {408, 409, 429}
+                if not passes or problem.code == "insufficient_quota":
+                    return Completion(reason, None, 0, None), status
+                pause = max(pause, seconds_until(problem.response.headers.get("retry-after", "")))
+                if pause > LONGEST_PAUSE:
+                    break
             except TimeoutError:
                 reason = f"no answer within --api-timeout {self.args.api_timeout:g} seconds"
-            except self.openai.APIConnectionError as problem:
-                reason = f"{self._scrubbed(problem)} ({self._scrubbed(problem.__cause__)})"
-                break
-            except (self.openai.APIError, ValueError) as problem:  # ValueError: not (whole) JSON
-                reason = self._scrubbed(problem)
-            await asyncio.sleep(1)
-        raise UsageError(
-            f"{self.base_url} gave no answer in up to {ATTEMPTS} attempts, the last error: {reason}"
-            "; run the same command again later, the answers until now are kept"
-        )
+            except (self.openai.APIConnectionError, ValueError, RecursionError) as problem:
+                reason = f"no completion: {self._scrubbed(problem)}"
+        return Completion(reason, None, 0, None), None
 
     def _request(
-        self,
-        key: str,
-        messages: list[common.Message],
-        temperature: float,
-        top_p: float = 1.0,
-        **_: Any,
+        self, key: str, talk: common.Conversation, temperature: float, top_p: float = 1.0, **_: Any
     ) -> dict[str, Any]:
-        request = {"model": self.args.api_model, "messages": messages, "temperature": temperature}
+        turns = [{f: m[f] for f in ("role", "content", "name") if f in m} for m in talk.messages]
+        request = {"model": self.args.api_model, "messages": turns, "temperature": temperature}
+        if talk.options:  # as vLLM, SGLang and llama.cpp name them
+            request["extra_body"] = {"chat_template_kwargs": talk.options}
         request[self.limit] = self.args.max_new_tokens
         if temperature and top_p < 1:
             request["top_p"] = top_p
         if temperature and self.takes_seed:
-            # 31 bits, because some servers take no more.
-            request["seed"] = common.row_seed(self.args.seed, key) & 0x7FFFFFFF
+            request["seed"] = common.row_seed(self.args.seed, key) & 0x7FFFFFFF  # some take 31 bits
         return request
 
     def _completion(self, reply: Any) -> Completion:
-        """What the server wrote; `ValueError` for what is no completion."""
-        try:  # the client builds its objects from any JSON there is, or returns a page as text
-            choice = reply.choices[0]
-            text, reason = choice.message.content or "", choice.finish_reason
-            reasoning = getattr(choice.message, "reasoning_content", None)
-            reasoning = reasoning or getattr(choice.message, "reasoning", None)
-        except (AttributeError, TypeError, IndexError):
-            reason = None
-        if reason is None:
-            raise ValueError("what the server sent is no completion")
-        if reasoning:  # some servers part it from the answer: joined as the model wrote it
-            text = f"<think>\n{reasoning.strip()}\n</think>\n\n{text.lstrip()}"
-        text = text.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair
-        length = getattr(reply.usage, "completion_tokens", None)
-        if length is None:
+        """What the server wrote, or its refusal; `ValueError` for what is no completion."""
+        try:
+            choice = reply["choices"][0]
+            message, reason = choice["message"], choice["finish_reason"].lower()
+            text = message.get("content") or ""
+            reasoning = message.get("reasoning_content") or message.get("reasoning")
+            if reasoning:  # some servers part it from the answer: joined as the model wrote it
+                text = f"<think>\n{reasoning.strip()}\n</think>\n\n{text.lstrip()}"
+            text = text.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair
+            length = (reply.get("usage") or {}).get("completion_tokens")
+        except (AttributeError, TypeError, LookupError):
+            raise ValueError(json.dumps(reply)) from None
+        if reason not in FINISHED | CUT or (message.get("refusal") and not text):
+            return Completion(self._scrubbed(f"{reason}: {json.dumps(message)}"), None, 0, None)
+        if not isinstance(length, int):
             length = len(common.tokenize(self.student.tokenizer, text)[0])
-        return Completion(text, reason not in {"length", "content_filter"}, length, None)
+        return Completion(text, reason in FINISHED, length, None)
 
-    def _adapted(self, request: dict[str, Any], problem: Any) -> bool:
-        """Whether the request can be repeated without, or under another name, what was refused."""
-        if problem.status_code not in {400, 422}:
-            return False
-        if "max_tokens" in request and "max_completion_tokens" in str(problem):
-            self.limit = "max_completion_tokens"
-        elif "seed" in request and "seed" in str(problem):
-            if self.takes_seed:
-                print(f"{self.base_url} takes no seed: another run may be given other samples")
-            self.takes_seed = False
-        else:
-            return False
-        return True
-
-    def _check_refusal(self, problem: Any) -> str:
-        """Raise `UsageError` for a status that asking again does not change; else the reason."""
-        status = problem.status_code
-        reason = f"({status}) {self._scrubbed(problem)}"
-        if status in {401, 403}:
-            refused = f"refuses the key in {KEY}" if self.key else f"wants a key: set {KEY}"
-            raise UsageError(f"{self.base_url} {refused}: {reason}") from None
-        if status == 404:
-            raise UsageError(
-                f"{self.base_url} has no model {self.args.api_model}, or no chat there: {reason}"
-            ) from None
-        if (status < 500 and status not in {408, 409, 429}) or problem.code == "insufficient_quota":
-            raise UsageError(f"{self.base_url} refuses the request: {reason}") from None
-        return reason
-
-    def _scrubbed(self, problem: BaseException | None) -> str:
+    def _scrubbed(self, problem: Any) -> str:
         """What went wrong, on one line and without the key, which a server may repeat."""
-        text = str(problem).replace(self.key, "[key]") if self.key else str(problem)
-        return (text.strip().splitlines() or [type(problem).__name__])[0][:300]
+        words = str(problem)
+        if isinstance(problem, self.openai.APIConnectionError):
+            while problem := problem.__cause__ or problem.__context__:
+                words = str(problem) or words  # the innermost cause tells most
+        words = words.replace(self.key or "\0", "[key]").encode("utf-8", "replace").decode()
+        return (words.strip().splitlines() or ["nothing"])[0][:300]
+
+
+def seconds_until(retry_after: str) -> float:
+    """The header's seconds, or those until its date; 0 if it is neither."""
+    if date := email.utils.parsedate_tz(retry_after):
+        return email.utils.mktime_tz(date) - time.time()
+    return float(retry_after) if retry_after.replace(".", "", 1).isdecimal() else 0.0
 
 
 def main(args: Arguments) -> None:

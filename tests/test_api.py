@@ -5,6 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
+import random
+import re
+import shutil
+import socket
+import struct
+import subprocess
 import sys
 import threading
 import time
@@ -15,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_script, wait_for
+from byte_models import byte_pair, write_rows
+from conftest import ROOT, run_script, wait_for
 from forked import ForkedScript
 from test_sequence_level import (
     WORDS,
@@ -52,15 +60,17 @@ class Server(ThreadingHTTPServer):
 
     A reply is a dictionary or list, sent as JSON; bytes for another body; (status, headers, body);
     or a function that does what it likes with the handler. `log` holds (time, body) of each
-    request. A request without the key gets a 401.
+    request. A request without the key gets a 401. Greetings are answered, and logged apart, unless
+    `reply` is for them too.
     """
 
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, reply: Callable[[dict[str, Any], int], Any]) -> None:
+    def __init__(self, reply: Callable[[dict[str, Any], int], Any], greetings: bool) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.reply, self.log, self.lock = reply, [], threading.Lock()
+        self.reply, self.replies_to_greetings = reply, greetings
+        self.log, self.greetings, self.lock = [], [], threading.Lock()
         self.busy = self.busiest = 0
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -80,13 +90,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        greeting = body["messages"] == sequence_level.HELLO
+        log = self.server.greetings if greeting else self.server.log
         with self.server.lock:
             self.server.busy += 1
             self.server.busiest = max(self.server.busiest, self.server.busy)
-            before = sum(b["messages"] == body["messages"] for _, b in self.server.log)
-            self.server.log.append((time.monotonic(), body))
+            before = sum(b["messages"] == body["messages"] for _, b in log)
+            log.append((time.monotonic(), body))
         try:
-            reply = self.server.reply(body, before)
+            replies = not greeting or self.server.replies_to_greetings
+            reply = self.server.reply(body, before) if replies else completion("Hello!")
         finally:
             with self.server.lock:
                 self.server.busy -= 1
@@ -113,8 +126,8 @@ class Handler(BaseHTTPRequestHandler):
 def serve() -> Iterator[Callable[..., Server]]:
     servers = []
 
-    def start(reply: Callable[[dict[str, Any], int], Any]) -> Server:
-        servers.append(Server(reply))
+    def start(reply: Callable[[dict[str, Any], int], Any], greetings: bool = False) -> Server:
+        servers.append(Server(reply, greetings))
         threading.Thread(target=servers[-1].serve_forever, args=[0.01], daemon=True).start()
         return servers[-1]
 
@@ -128,14 +141,14 @@ def serve() -> Iterator[Callable[..., Server]]:
 def ask(tmp_path, tiny, monkeypatch) -> Callable[..., list[Completion]]:
     """Answers of the model on a server to words; the client's own pauses are short."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.02)
-    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.1)
+    monkeypatch.setattr(sequence_level, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(sequence_level, "LAST_PAUSE", 0.1)
     student = tiny("llama")
 
     def ask(server: Server, words: list[str], temperature: float = 0.0, **flags: Any):
         args = sequence_level.Arguments(
             api_base_url=server.url, api_model="m", cache_dir=str(tmp_path / "cache"),
-            **{"api_timeout": 600.0, **flags},
+            sampling_temperature=temperature, **flags,
         )  # fmt: skip
         args.check()
         talks = [Conversation([{"role": "user", "content": w}], None, [], w) for w in words]
@@ -169,11 +182,14 @@ def test_what_is_asked_and_what_is_kept(serve, ask, tmp_path):
     assert all((b["top_p"], b["temperature"], b["max_tokens"]) == (0.9, 0.7, 9) for b in bodies)
     assert sampled[0] != sampled[2]
     ask(server, ["a"], 0.7, top_p=0.9, max_new_tokens=9, seed=1)
+    # Greetings come first, with each run's settings for training and evaluation.
+    greeted = [(b["temperature"], b.get("top_p")) for _, b in server.greetings]
+    assert greeted == [(0.0, None), (1.0, None)] + [(0.0, None), (0.7, 0.9), (1.0, None)] * 2
     assert server.log[-1][1]["seed"] not in {b["seed"] for b in bodies}
     asked = len(server.log)
     assert ask(server, ["a", "b", "a"], 0.7, top_p=0.9, max_new_tokens=9) == sampled
     assert ask(server, ["b", "a"]) == greedy[1::-1]
-    assert len(server.log) == asked == 6
+    assert len(server.log) == asked == 6 and len(server.greetings) == 8
     lines = text_lines(tmp_path / "cache")
     assert Counter(word_of(line) for line in lines) == {"a": 4, "b": 2}
 
@@ -190,13 +206,14 @@ def test_no_more_than_concurrency_at_a_time(serve, ask):
 
 
 def test_forms_of_an_answer(serve, ask):
-    """Cut, filtered, empty and reasoned answers, and one without a count of its tokens."""
+    """Cut, empty and reasoned answers, and one without a count of its tokens."""
     bare = completion("N AA1")
     del bare["usage"]
     replies = {
         "cut": completion("N AA1", "length"),
-        "filtered": completion("N", "content_filter"),
-        "tools": completion(None, "tool_calls"),
+        "cut too": completion("N AA1", "MAX_TOKENS"),
+        "empty": completion(None),
+        "ended": completion("N", "eos_token"),
         "thinks": completion("\nN", reasoning_content="N or M?\n"),
         "thinks too": completion("N", reasoning="N or M?"),
         "bare": bare,
@@ -205,8 +222,9 @@ def test_forms_of_an_answer(serve, ask):
     server = serve(lambda body, _: replies[word_of(body)])
     got = dict(zip(replies, ask(server, list(replies)), strict=True))
     assert got["cut"] == Completion("N AA1", False, 7, None)
-    assert got["filtered"].finished is False
-    assert got["tools"].text == ""
+    assert got["cut too"] == got["cut"]
+    assert got["empty"] == Completion("", True, 7, None)
+    assert got["ended"] == Completion("N", True, 7, None)
     assert got["thinks"].text == got["thinks too"].text == "<think>\nN or M?\n</think>\n\nN"
     assert got["bare"].length > 0 and got["bare"].length != 7
     assert got["half"].text == "N ?"
@@ -217,6 +235,13 @@ def test_forms_of_an_answer(serve, ask):
 
 def drop(handler: Handler) -> None:
     handler.connection.close()
+    handler.close_connection = True
+
+
+def reset(handler: Handler) -> None:
+    linger = struct.pack("ii", 1, 0)
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    os.close(handler.connection.detach())
     handler.close_connection = True
 
 
@@ -251,13 +276,12 @@ def status(code: int, message: str = "no", **headers: str) -> tuple[int, dict[st
     return code, named, json.dumps({"error": {"message": message}}).encode()
 
 
-# What the client asks again by itself, and what only ApiTeacher recognises as no answer.
 PASSES = {
     "timeout": status(408), "conflict": status(409), "too many": status(429), "error": status(500),
-    "gateway": (502, {}, b"<html>"), "overloaded": status(529), "dropped": drop, "cut": cut_body,
-    "half": half_json, "page": page, "nothing": b"", "list": [], "no choices": {"id": "1"},
-    "null choices": {"id": "1", "choices": None}, "no message": {"choices": [{}]},
-    "no reason": completion("never", None), "slow": slow,
+    "gateway": (502, {}, b"<html>"), "overloaded": status(529), "dropped": drop, "reset": reset,
+    "cut": cut_body, "half": half_json, "page": page, "nothing": b"", "list": [],
+    "no choices": {"id": "1"}, "null choices": {"id": "1", "choices": None},
+    "no message": {"choices": [{}]}, "no reason": completion("never", None), "slow": slow,
 }  # fmt: skip
 
 
@@ -300,36 +324,209 @@ def test_retry_after_is_obeyed(form, serve, ask):
     assert again >= until[0] - 0.01 and len(server.log) == 9
 
 
+def test_retry_after_may_be_longer_than_the_timeout(serve, ask):
+    """--api-timeout is for an answer, not for the pause before it."""
+
+    def reply(body: dict[str, Any], n: int) -> Any:
+        return completion(word_of(body)) if n else status(429, Retry_After="1")
+
+    server = serve(reply)
+    assert [a.text for a in ask(server, ["a"], api_timeout=0.6)] == ["a"]
+    first, second = server.times("a")
+    assert second - first >= 0.99
+
+
 DOWN = {
-    "error": (status(500, f"out of memory {KEY}"), r"last error: \(500\) .*out of memory \[key\]"),
-    "no connection": (drop, "in up to 2 attempts, the last error: Connection error"),
-    "no completion": ({}, "in up to 2 attempts, .* what the server sent is no completion"),
-    "no answer": (slow, "in up to 2 attempts, .* no answer within --api-timeout 1 seconds"),
+    "error": (status(500, f"out of memory {KEY}"), r"\(500\) .*out of memory \[key\]"),
+    "no connection": (drop, "no completion: Server disconnected without sending a response"),
+    "reset": (reset, ".*Connection reset by peer"),
+    "no completion": ({"N": 1}, 'no completion: {"N": 1}'),
+    "no answer": (slow, "no answer within --api-timeout 1 seconds"),
 }
 
 
 @pytest.mark.parametrize("name", DOWN)
-def test_a_server_that_stays_down(name, serve, ask, monkeypatch):
+def test_a_server_that_stays_down(name, serve, ask, monkeypatch, tmp_path):
     """After so many attempts it is an error that says how to continue; what was written is kept."""
     monkeypatch.setattr(sequence_level, "ATTEMPTS", 2)
     trouble, message = DOWN[name]
-    down = threading.Event()
-    down.set()
+    up = threading.Event()
 
     def reply(body: dict[str, Any], _: int) -> Any:
-        return trouble if down.is_set() and word_of(body) == "5" else completion(word_of(body))
+        greeting = body["messages"] == sequence_level.HELLO
+        works = len(server.greetings) < 3 if greeting else word_of(body) != "5"
+        return completion(word_of(body)) if works or up.is_set() else trouble
 
-    server = serve(reply)
+    server = serve(reply, greetings=True)
     words = [str(i) for i in range(8)]
     flags = {"api_timeout": 1.0} if name == "no answer" else {}
-    with pytest.raises(UsageError, match=f"{message}.*run the same command again later"):
+    with pytest.raises(
+        UsageError, match=f"in 2 attempts, run the same command again later: {message}"
+    ):
         ask(server, words, api_concurrency=1, **flags)
     counts = Counter(word_of(b) for _, b in server.log)
     assert counts == {**dict.fromkeys("01234", 1), "5": 2}
-    down.clear()
+    assert Counter(map(word_of, text_lines(tmp_path / "cache"))) == dict.fromkeys("01234", 1)
+    up.set()
     assert [a.text for a in ask(server, words)] == words
     again = Counter(word_of(b) for _, b in server.log) - counts
     assert again == dict.fromkeys("567", 1)
+
+
+# ----------------------------------------------------------------------- one prompt of many
+
+
+def gone(handler: Handler) -> None:
+    """A redirection to itself."""
+    handler.send(307, {"Location": "/v1/chat/completions", "Content-Length": "0"}, b"")
+
+
+# What a server sends for one prompt, always, instead of an answer, and what is said of it.
+BAD = {
+    "filtered": (status(400, "content filter"), r"\(400\) .*content filter"),
+    "long": (status(413, "too long"), r"\(413\) .*too long"),
+    "unprocessable": (status(422, "bad turn"), r"\(422\) .*bad turn"),
+    "moderated": (status(403, "flagged"), r"\(403\) .*flagged"),
+    "legal": (status(451, f"not here {KEY}"), r"\(451\) .*not here \[key\]"),
+    "crash": (status(500, "crash"), r"\(500\) .*crash"),
+    "too large": (status(429, "limit 10000", Retry_After="86400"), r"\(429\) .*limit 10000"),
+    "dropped": (drop, "no completion: Server disconnected"),
+    "reset": (reset, ".*Connection reset by peer"),
+    "loop": (gone, ".*redirects"),
+    "half": (half_json, "no completion: "),
+    "page": (page, "no completion: Expecting value"),
+    "deep": (b"[" * 100_000, "no completion: "),
+    "nothing": (b"", "no completion: Expecting value"),
+    "no choices": ({"choices": []}, r'no completion: {"choices": \[\]}'),
+    "error": ({"error": {"message": f"upstream {KEY}"}}, r"no completion: .*upstream \[key\]"),
+    "dictionary": ({"choices": {"0": 1}}, "no completion: "),
+    "parts": (completion([{"type": "text", "text": "N"}]), "no completion: .*text"),
+    "strange": (completion("N", reasoning_content={"text": "N"}), "no completion: "),
+    "number": (completion(5), "no completion: "),
+    "unfinished": (completion("N", None), "no completion: "),
+    "stopped": (completion("N", "content_filter"), "content_filter: .*N"),
+    "safety": (completion(None, "SAFETY"), "safety: "),
+    "broken": (completion("N", "error"), "error: .*N"),
+    "call": (completion(None, "tool_calls", tool_calls=[]), "tool_calls: "),
+    "refused": (completion(None, refusal="I cannot"), "stop: .*I cannot"),
+}  # fmt: skip
+
+
+def test_a_bad_prompt_does_not_end_the_run(serve, ask, monkeypatch, capsys, tmp_path):
+    """It is named with the reason; all others are answered, and a new run asks for it again."""
+    monkeypatch.setattr(sequence_level, "ATTEMPTS", 2)
+    answers = threading.Event()
+
+    def reply(body: dict[str, Any], _: int) -> Any:
+        word = word_of(body)
+        return completion(word) if answers.is_set() or word not in BAD else BAD[word][0]
+
+    server = serve(reply)
+    words = [w for i, bad in enumerate(BAD) for w in (str(i), bad)]
+    flags = {"api_max_failures": 0.6, "output_dir": str(tmp_path / "run")}
+    got = ask(server, words, **flags)
+    assert [a.text for a in got[::2]] == words[::2] and all(a.finished for a in got[::2])
+    assert {a.finished for a in got[1::2]} == {None}
+    said = capsys.readouterr().out
+    assert (
+        f"test: {len(BAD)} of {len(words)} prompts got no answer" in said and KEY[:12] not in said
+    )
+    for word, (_, reason) in BAD.items():
+        assert re.search(f"^  {word}: {reason}", said, re.MULTILINE), (word, said)
+    # A run that is continued keeps to the text that it has; a new one asks for what is missing.
+    asked = len(server.log)
+    answers.set()
+    (tmp_path / "run").mkdir()
+    assert ask(server, words, resume=True, **flags) == got and len(server.log) == asked
+    assert [a.text for a in ask(server, words, **flags)] == words
+    assert sorted(word_of(b) for _, b in server.log[asked:]) == sorted(BAD)
+    assert [a.text for a in ask(server, words, resume=True, **flags)] == words
+
+
+def test_samples_fail_one_by_one(serve, ask):
+    """Of several samples for a prompt those that arrive are kept."""
+    seeds: list[int] = []
+
+    def reply(body: dict[str, Any], _: int) -> Any:
+        seeds.append(body["seed"])
+        return status(400, "filtered") if len(seeds) == 2 else completion("N")
+
+    got = ask(serve(reply), ["a"] * 4, 1.0, api_concurrency=1)
+    assert [a.finished for a in got] == [True, None, True, True]
+    assert len(set(seeds)) == 4
+
+
+@pytest.mark.parametrize(
+    ("share", "words", "asked"),
+    [(0.1, 2000, 6), (0.0, 20, 1), (0.02, 300, 2), (0.5, 300, 26)],
+)
+def test_too_many_failures_end_the_run(share, words, asked, serve, ask):
+    """Early: a server that refuses every prompt is asked for a share of the first fifty."""
+    server = serve(lambda *_: status(400, "no such language"))
+    flags = {"api_concurrency": 1, "api_max_failures": share}
+    with pytest.raises(UsageError, match=f"{asked} of {asked} prompts got no answer.*such langu"):
+        ask(server, [str(i) for i in range(words)], **flags)
+    assert len(server.log) == asked
+
+
+def test_as_many_failures_as_are_allowed(serve, ask, capsys):
+    """A tenth of the prompts is the limit, wherever they are beyond the first fifty."""
+
+    def reply(body: dict[str, Any], _: int) -> Any:
+        failing = int(word_of(body)) % 10 == 9
+        return status(400, "no") if failing else completion("N")
+
+    got = ask(serve(reply), [str(i) for i in range(120)])
+    assert sum(a.finished is None for a in got) == 12
+    assert "12 of 120 prompts got no answer" in capsys.readouterr().out
+
+
+REVOKED = {
+    "key": (status(401, "revoked"), "refuses the key"),
+    "money": (status(402, "no money"), "refuses the request"),
+    "credit": (status(400, "your credit balance is too low"), "refuses the request: .*credit"),
+    "model": (status(404, "it was retired"), "has no m: "),
+}
+
+
+@pytest.mark.parametrize("name", REVOKED)
+def test_what_is_wrong_with_the_run_is_not_blamed_on_a_prompt(name, serve, ask, tmp_path):
+    """When key, money or model go away, the run ends at once, and no prompt counts as failed."""
+    trouble, message = REVOKED[name]
+
+    def reply(body: dict[str, Any], _: int) -> Any:
+        return completion(word_of(body)) if len(server.log) <= 20 else trouble
+
+    server = serve(reply, greetings=True)
+    with pytest.raises(UsageError, match=message):
+        ask(server, [str(i) for i in range(90)], api_concurrency=4)
+    assert len(server.log) <= 24
+    assert [line["finished"] for line in text_lines(tmp_path / "cache")] == [True] * 20
+
+
+def test_no_reply_is_a_traceback(serve, ask, monkeypatch):
+    """Replies with parts replaced at random: each is an answer, or dropped with a reason."""
+    monkeypatch.setattr(sequence_level, "ATTEMPTS", 1)
+    odd = [None, "", "N", [], {}, [[]], [{}], {"0": {}}, 5, -1, 1.5, True, "stop", ["N"], "\ud83d"]
+    generator = random.Random(0)
+
+    def mutated(value: Any) -> Any:
+        if generator.random() < 0.12:
+            return generator.choice(odd)
+        if isinstance(value, dict):
+            return {k: mutated(v) for k, v in value.items() if generator.random() > 0.03}
+        return [mutated(v) for v in value] if isinstance(value, list) else value
+
+    replies = [mutated(completion("N AA1", reasoning="or M?")) for _ in range(400)]
+    server = serve(lambda body, _: json.dumps(replies[int(word_of(body))]).encode())
+    got = ask(server, [str(i) for i in range(len(replies))], api_max_failures=1.0)
+    assert 50 < sum(a.finished is None for a in got) < 350
+    for answer, reply in zip(got, replies, strict=True):
+        assert isinstance(answer.text, str) and isinstance(answer.length, int)
+        if answer.finished is not None:
+            message = reply["choices"][0]["message"]
+            assert answer.finished == (reply["choices"][0]["finish_reason"] == "stop")
+            assert (message.get("content") or "").replace("\ud83d", "?") in answer.text
 
 
 # ------------------------------------------------------------------------------- what does not
@@ -340,28 +537,23 @@ def test_a_server_that_stays_down(name, serve, ask, monkeypatch):
     [
         (status(401, f"bad key {KEY}"), r"refuses the key in OPENAI_API_KEY: \(401\).*\[key\]"),
         (status(403, f"{'x' * 285} {KEY}"), r"refuses the key in OPENAI_API_KEY: \(403\)"),
-        (status(404, "unknown model m"), r"has no model m, .*: \(404\).*unknown model m"),
+        (status(404, "unknown model m"), r"has no m: \(404\).*unknown model m"),
         (status(400, "context too long"), r"refuses the request: \(400\).*context too long"),
         (status(402, "no money"), r"refuses the request: \(402\)"),
         (status(429, "later", Retry_After="86400"),
-         r"in up to 10 attempts, the last error: \(429\).*later; run the same command again later"),
+         r"in 10 attempts, run the same command again later: \(429\).*later"),
+        ((429, {}, b'{"error": {"code": "insufficient_quota", "message": "pay"}}'),
+         r"refuses the request: \(429\).*pay"),
     ],
 )  # fmt: skip
 def test_refusals_are_errors_at_once(reply, words, serve, ask, tmp_path):
-    """Nobody waits, at most the requests under way are lost, and the key is not repeated."""
-    server = serve(lambda *_: reply)
+    """A greeting finds them out before any prompt is sent; the key is not repeated."""
+    server = serve(lambda *_: reply, greetings=True)
     with pytest.raises(UsageError, match=words) as refused:
         ask(server, [str(i) for i in range(30)], api_concurrency=4)
-    assert len(server.log) <= 4
+    assert server.log == [] and len(server.greetings) == 1
     assert KEY[:12] not in str(refused.value) and refused.value.__cause__ is None
     assert text_lines(tmp_path / "cache") == []
-
-
-def test_an_empty_account_is_a_refusal(serve, ask):
-    """The client asks again, as after any 429; in the end it is no matter of waiting."""
-    reply = 429, {}, b'{"error": {"code": "insufficient_quota", "message": "pay"}}'
-    with pytest.raises(UsageError, match=r"refuses the request: \(429\).*pay"):
-        ask(serve(lambda *_: reply), ["a"])
 
 
 def test_a_missing_key_is_named(serve, ask, monkeypatch):
@@ -391,8 +583,11 @@ def test_the_client_is_asked_for_by_name(monkeypatch):
         args.check()
 
 
+# ------------------------------------------------------------------ what a server does not take
+
+
 def test_what_a_server_does_not_take_is_left_out(serve, ask, capsys):
-    """No seed where none is taken, and the limit by its newer name."""
+    """No seed where none is taken, and the limit by its newer name: greetings find that out."""
 
     def reply(body: dict[str, Any], _: int) -> Any:
         if "max_tokens" in body:
@@ -401,11 +596,53 @@ def test_what_a_server_does_not_take_is_left_out(serve, ask, capsys):
             return status(422, "unknown field: seed")
         return completion(f"{word_of(body)} {body['max_completion_tokens']}")
 
-    server = serve(reply)
-    answers = ask(server, ["a", "b", "c"], 1.0, api_concurrency=1)
+    server = serve(reply, greetings=True)
+    answers = ask(server, ["a", "b", "c"], 1.0)
     assert [a.text for a in answers] == ["a 128", "b 128", "c 128"]
-    assert len(server.log) == 5
+    assert len(server.log) == 3
     assert capsys.readouterr().out.count("takes no seed") == 1
+
+
+@pytest.mark.parametrize(
+    ("takes", "said", "flags", "words"),
+    [
+        (lambda b: b["temperature"] == 1, "temperature", {},
+         r"no temperature 0 \(--api-greedy-temperature 1 asks for samples\): \(400\).*temperature"),
+        (lambda b: b["temperature"] == 1, "temperature", {"temperature": 1.0},
+         r"no temperature 0 \(--api-greedy"),
+        (lambda b: b["temperature"] == 1, "temperature",
+         {"temperature": 0.7, "api_greedy_temperature": 1.0}, r"request: \(400\).*temperature"),
+        (lambda b: b["temperature"] <= 1, "temperature", {"temperature": 1.5}, r"request: \(400\)"),
+        (lambda b: "top_p" not in b, "top_p", {"temperature": 1.0, "top_p": 0.9},
+         r"request: \(400\).*top_p"),
+        (lambda b: b["max_tokens"] <= 100, "max_tokens", {}, r"request: \(400\).*max_tokens"),
+    ],
+)  # fmt: skip
+def test_what_changes_the_text_is_refused(takes, said, flags, words, serve, ask):
+    """Before any prompt is sent, with the flag that helps where one does."""
+
+    def reply(body: dict[str, Any], _: int) -> Any:
+        return completion("N") if takes(body) else status(400, f"wrong {said}")
+
+    server = serve(reply, greetings=True)
+    with pytest.raises(UsageError, match=words):
+        ask(server, ["a", "b"], **flags)
+    assert server.log == []
+
+
+def test_greedy_answers_from_a_server_that_only_samples(serve, ask, tmp_path):
+    """--api-greedy-temperature: samples, and cached as such, apart from greedy answers."""
+
+    def reply(body: dict[str, Any], _: int) -> Any:
+        right = body["temperature"] == 1
+        return completion(f"{body['seed']}") if right else status(400, "temperature: only 1")
+
+    server = serve(reply, greetings=True)
+    asked = ask(server, ["a", "b"], 0.0, api_greedy_temperature=1.0)
+    assert asked == ask(server, ["a", "b"], 1.0, api_greedy_temperature=1.0)
+    assert asked[0].text != asked[1].text and len(server.log) == 2
+    with pytest.raises(UsageError, match="takes no temperature 0"):
+        ask(server, ["a", "b"], 0.0)
 
 
 # ----------------------------------------------------------------------------------- whole runs
@@ -445,6 +682,73 @@ def test_equal_text_gives_equal_weights(whole_run, serve, tmp_path, monkeypatch)
     assert ours["after"]["bits_per_byte"] == pytest.approx(theirs["after"]["bits_per_byte"])
     assert "distilled from data/teacher" in (run / "final" / "README.md").read_text()
     assert not list((tmp_path / "cache").glob("states/*"))
+
+
+def filtering(teacher: Callable[[dict[str, Any], int], Any], *words: str):
+    """The teacher behind a content filter."""
+
+    def reply(body: dict[str, Any], n: int) -> Any:
+        bad = word_of(body) in words or f"{word_of(body)} {body['temperature']:g}" in words
+        return status(400, "content filter") if bad else teacher(body, n)
+
+    return reply
+
+
+def test_bad_rows_of_a_run(whole_run, serve, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """The others are learned and scored; a run that goes on keeps to its text, though the server
+    has changed its mind."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    train = common.load_conversations(str(common.DATA / "train.jsonl"), max_rows=64)
+    held_out = common.load_conversations(str(common.DATA / "eval.jsonl"), max_rows=8)
+    bad = [c.messages[-1]["content"] for c in (train[6], train[9], held_out[2])]
+    teacher = teacher_of(whole_run.parent / "cache")
+    server = serve(filtering(teacher, *bad, held_out[4].messages[-1]["content"] + " 1"))
+    flags = api_flags(server, save_total_limit=0)
+    run = in_process(sequence_level, tmp_path / "run", **flags)
+    said, scores = capsys.readouterr().out, results(run)
+    for conversation in (train[6], train[9], held_out[2], held_out[4]):
+        assert f"  {conversation.source}: (400) Error code: 400 - content filter" in said
+    assert "training text: 2 of 64 prompts got no answer" in said
+    assert "sampled evaluation answers: 2 of 8 prompts got no answer" in said
+    written = scores["training_text"]
+    assert (written["written"], written["kept"], written["unanswered"]) == (62, 62, 2)
+    assert len((run / "completions.jsonl").read_text().splitlines()) == 62
+    assert scores["evaluation"]["rows"] == 6
+    shutil.rmtree(run / "checkpoints" / "step-000012")
+    (run / "results.json").unlink()
+    server.reply = teacher
+    in_process(sequence_level, tmp_path / "run", **flags, resume=True)
+    assert results(run)["after"] == scores["after"] and results(run)["training_text"] == written
+    whole = in_process(sequence_level, tmp_path / "whole", **api_flags(server))
+    assert_same_student(whole, whole_run)
+
+
+def test_two_processes_leave_out_the_same_rows(serve, tmp_path):
+    """Each process asks for its share; both train on what all of them got."""
+    _, student = byte_pair(tmp_path)
+    rows = [{"prompt": f"What is {i} plus 1?"} for i in range(13)]
+    words = [row["prompt"] for row in rows[3:5]]
+    server = serve(filtering(lambda *_: completion("fine"), *words, "How? 0"))
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    held_out = write_rows(tmp_path / "eval.jsonl", [{"prompt": w} for w in ("How?", "Why?", "Ah?")])
+    flags = {
+        **api_flags(server), "student": student, "dataset": data, "eval_dataset": held_out,
+        "batch_size": 6, "max_steps": 2, "max_new_tokens": 8, "output_dir": "run",
+        "cache_dir": "cache",
+    }  # fmt: skip
+    words = [w for name, v in flags.items() for w in (f"--{name.replace('_', '-')}", str(v))]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "sequence_level.py"), *words], cwd=tmp_path,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OPENAI_API_KEY": KEY},
+        capture_output=True, text=True, timeout=1800,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("training text: 2 of 13 prompts got no answer") == 1
+    assert done.stdout.count("greedy evaluation answers: 1 of 3 prompts got no answer") == 1
+    scores = results(tmp_path / "run")
+    assert scores["training_text"]["kept"] == 11 and scores["evaluation"]["rows"] == 2
+    assert len(server.log) == 13 + 3 + 3
 
 
 def test_killed_while_the_server_writes(whole_run, serve, tmp_path):  # noqa: F811
@@ -500,7 +804,7 @@ def test_the_key_is_nowhere(whole_run, serve, tmp_path, monkeypatch, capfd):  # 
         "sequence_level.py", *WORDS, *flags, cwd=tmp_path, OPENAI_API_KEY=KEY, OPENAI_LOG="debug"
     )
     assert done.returncode == 0, done.stderr
-    assert len(server.log) > 80 and "Retrying request" in done.stderr
+    assert len(server.log) > 80 and "HTTP Response" in done.stderr
     server.reply = lambda *_: status(401, f"Incorrect API key provided: {KEY}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)

@@ -198,7 +198,10 @@ def test_completions_are_never_partial(tiny, tmp_path):
         ("--samples-per-prompt 0", "--api-timeout must be above 0"),
         ("--keep-matching --completions dataset", "select from the teacher's text"),
         ("--api-model m", "--api-model needs --api-base-url"),
+        ("--api-greedy-temperature 1", "--api-greedy-temperature needs --api-base-url"),
         ("--api-base-url http://h/v1", "needs --api-model"),
+        ("--api-base-url http://[::1/v1 --api-model m", "must look like https://HOST/v1"),
+        ("--api-base-url http://h/v1 --api-model m --api-max-failures 10", "is a share, from 0"),
         ("--api-base-url http://h/v1 --api-model m --teacher t", "--teacher is for a teacher"),
         ("--api-base-url http://h/v1 --api-model m --teacher-dtype float16", "--teacher-dtype is"),
         ("--api-base-url h/v1 --api-model m", "must look like https://HOST/v1"),
@@ -236,7 +239,7 @@ def test_temperature_is_another_name_for_the_sampling_temperature(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     shown = capsys.readouterr().out
-    assert "--sampling-temperature, --temperature N" in shown and "softmax" not in shown
+    assert "--sampling-temperature N, --temperature N" in shown and "softmax" not in shown
 
 
 # ------------------------------------------------------------------------------- as a user runs it
