@@ -23,13 +23,11 @@ student does not learn from answers that the length limit cut, empty ones and re
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import importlib.util
 import json
 import os
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -196,9 +194,8 @@ def write_completions(path: Path, examples: list[Example]) -> None:
         for example in examples:
             conversation = example.prompt.conversation
             turns = [*conversation.messages, {"role": "assistant", "content": example.text}]
-            options = dict(conversation.options)
             columns = {"messages": turns, "references": conversation.references}
-            columns |= {"tools": options.pop("tools", None), "chat_template_kwargs": options}
+            columns["chat_template_kwargs"] = conversation.options
             row = {name: value for name, value in columns.items() if value}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(part, path)
@@ -329,7 +326,8 @@ class ApiTeacher:
                 passes = status >= 500 or status in {408, 409, 429}
                 if not passes or problem.code == "insufficient_quota":
                     return Completion(reason, None, 0, None), status
-                pause = max(pause, seconds_until(problem.response.headers.get("retry-after", "")))
+                after = problem.response.headers.get("retry-after", "")  # seconds, or a date
+                pause = max(pause, float(after) if after.isdecimal() else 0.0)
                 if pause > LONGEST_PAUSE:
                     break
             except TimeoutError:
@@ -379,13 +377,6 @@ class ApiTeacher:
                 words = str(problem) or words  # the innermost cause tells most
         words = words.replace(self.key or "\0", "[key]").encode("utf-8", "replace").decode()
         return (words.strip().splitlines() or ["nothing"])[0][:300]
-
-
-def seconds_until(retry_after: str) -> float:
-    """The header's seconds, or those until its date; 0 if it is neither."""
-    if date := email.utils.parsedate_tz(retry_after):
-        return email.utils.mktime_tz(date) - time.time()
-    return float(retry_after) if retry_after.replace(".", "", 1).isdecimal() else 0.0
 
 
 def main(args: Arguments) -> None:
