@@ -559,12 +559,13 @@ class Head(NamedTuple):
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     """`a @ bᵀ`, accumulated and returned in float32 (float64 if given float64).
 
-    Rounding logits to bfloat16 costs the divergence's gradient several per cent.
+    Under autocast too: logits in bfloat16 cost the divergence's gradient several per cent.
     """
-    if a.is_cuda and a.dtype == b.dtype != torch.float32:
-        return torch.mm(a, b.t(), out_dtype=torch.float32)
-    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return F.linear(a.to(wide), b.to(wide))
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda and a.dtype == b.dtype != torch.float32:
+            return torch.mm(a, b.t(), out_dtype=torch.float32)
+        wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        return F.linear(a.to(wide), b.to(wide))
 
 
 @dataclass(frozen=True)
@@ -645,10 +646,14 @@ class LanguageModel:
         scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
         return Head(weight, bias, scale, getattr(config, "final_logit_softcapping", None))  # Gemma
 
+    def autocast(self) -> torch.autocast:
+        """Computing in `compute_dtype`, if that is not the weights'."""
+        mixed = self.compute_dtype != self.model.dtype
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=mixed)
+
     def backbone(self, **inputs: Any) -> Any:
         """The model without its head, computing in `compute_dtype`."""
-        mixed = self.compute_dtype != self.model.dtype
-        with torch.autocast(self.device.type, self.compute_dtype, enabled=mixed):
+        with self.autocast():
             return self.model.base_model(**inputs)
 
     def hidden_states(self, batch: Batch) -> Tensor:
@@ -661,16 +666,24 @@ class LanguageModel:
         return hidden[batch.example, batch.position]
 
     def logits(self, batch: Batch) -> Logits:
-        """The logits that predict the N targets of the batch."""
-        return Logits(self.hidden_states(batch), self.head())
+        """The logits that predict the N targets of the batch.
+
+        The final norm gives float32 states under autocast. On a GPU products with the head in
+        float32 would take longer than all else; in `compute_dtype` they are summed in float32.
+        """
+        hidden = self.hidden_states(batch)
+        return Logits(hidden.to(self.compute_dtype) if hidden.is_cuda else hidden, self.head())
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Eval mode, without gradients and gradient checkpointing (which allows no KV cache)."""
+        """Eval mode, without gradients and gradient checkpointing (which allows no KV cache).
+
+        Autocast keeps the weights that it has converted until its outermost context ends: here.
+        """
         training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.autocast():
                 yield
         finally:
             self.model.train(training)

@@ -1,0 +1,45 @@
+"""The branches that a GPU takes, on an emulated CUDA device: products, waiting, what is trained.
+
+Skipped where the emulation is not there; it lies beside the repository, in shared/.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+EMULATION = ROOT.parent / "shared" / "emulated_cuda" / "run.py"
+pytestmark = pytest.mark.skipif(not EMULATION.exists(), reason="no emulated CUDA device here")
+
+
+@pytest.mark.parametrize("script", ["token_level.py", "on_policy.py", "cross_tokenizer.py"])
+def test_training_steps_on_a_gpu(tmp_path: Path, shared_cache: Path, script: str):
+    """Heads multiply in bfloat16 and sum in float32, nothing in a step's loss waits for the device,
+    and the optimizer's parameters are those that move."""
+    flags = ["--max-steps", "3", "--max-rows", "64", "--eval-size", "4", "--batch-size", "8",
+             "--micro-batch-size", "4", "--max-new-tokens", "12", "--eval-steps", "0",
+             "--warmup-steps", "1", "--output-dir", "run"]  # fmt: skip
+    report = tmp_path / "report.json"
+    command = [sys.executable, EMULATION, "--report", report, ROOT / script, *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text())
+    assert found["training"]["optimizer_steps"] == 3 and not found["training"]["problems"]
+
+    products = {(p["operator"], p["inputs"], p["output"]): p["share"] for p in found["products"]}
+    half, single = "bfloat16 x bfloat16", "float32 x float32"
+    assert set(products) == {
+        ("mm", half, "bfloat16"),
+        ("mm.dtype", half, "float32"),  # heads and their gradients
+        ("mm", single, "float32"),  # eight tokens of each model, when it is loaded
+    }
+    assert products["mm.dtype", half, "float32"] > 2 * products["mm", single, "float32"]
+
+    waiting = {sync["line"] for sync in found["syncs"]}
+    inside = ("chunked_loss", "forward", "loss_and_gradient", "divergence", "piece_loss", "collate")
+    assert not [line for line in waiting if any(name in line for name in inside)]
