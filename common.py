@@ -35,6 +35,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -55,6 +56,7 @@ from accelerate.utils import LoggerType, broadcast_object_list, gather_object
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as BackendTokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -72,7 +74,6 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.chat_template_utils import render_jinja_template
-from transformers.utils.hub import extract_commit_hash
 
 STARTED = time.perf_counter()  # for the seconds in results.json
 DATA = Path(__file__).resolve().parent / "data"
@@ -513,11 +514,12 @@ class LanguageModel:
     end_ids: list[int]  # every id that ends a response, first the one to finish a response with
     compute_dtype: torch.dtype
     device: torch.device
-    digest: str  # identifies weights, configuration and tokenizer
+    digest: str  # identifies weights, configuration, tokenizer, and what limits its vocabulary
     load: Callable[[LanguageModel], PreTrainedModel]
     states_dir: Path | None = None  # cache of its head and hidden states; None: not cached
     cached_head: Head | None = None  # used while the model is not loaded
     adapters: Any = None  # peft's wrapper of `model`, if LoRA is trained
+    directory: Path | None = None  # where its files lie
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
@@ -535,7 +537,18 @@ class LanguageModel:
     @functools.cached_property
     def vocabulary(self) -> int:
         """The number of ids that are tokens; rows of the head beyond them are padding."""
-        return max(self.tokenizer.get_vocab().values()) + 1
+        return min(max(self.tokenizer.get_vocab().values()) + 1, self.rows)
+
+    @property
+    def rows(self) -> int:
+        """The number of ids that the model has embeddings for."""
+        return self.config.get_text_config().vocab_size
+
+    def check_ids(self, ids: list[int]) -> None:
+        """Refuse ids of tokens that only the tokenizer knows."""
+        if max(ids, default=0) >= self.rows:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise UsageError(f"{self.name} has no embedding for the token {token!r} of this text")
 
     @property
     def max_positions(self) -> int | None:
@@ -600,7 +613,9 @@ class LanguageModel:
 
         identity = [self.digest, str(self.compute_dtype), self.end_ids]
         asked = [p.teacher for p in prompts]
-        return cached_completions(prompts, asked, identity, args, write, **sampling)
+        written = cached_completions(prompts, asked, identity, args, write, **sampling)
+        pairs = zip(prompts, written, strict=True)
+        return [c._replace(text=prompt.given[1] + c.text) for prompt, c in pairs]
 
 
 class Pair(NamedTuple):
@@ -616,28 +631,49 @@ class Pair(NamedTuple):
 
     @property
     def same_vocabulary(self) -> bool:
-        """Whether equal ids are equal tokens."""
-        vocabulary = self.student.tokenizer.get_vocab()
-        return self.has_weights and vocabulary == self.teacher.tokenizer.get_vocab()
+        """Whether equal ids are equal tokens, as far as both models have them."""
+        return self.has_weights and not self._different_tokens()
+
+    def _different_tokens(self) -> list[str]:
+        size = min(model.vocabulary for model in self)
+        return different_tokens(*(model.tokenizer for model in self), size)
 
     def check_same_vocabulary(self) -> None:
-        """Refuse two vocabularies: divergences token by token compare ids."""
-        ours, theirs = (model.tokenizer.get_vocab() for model in self)
-        different = sorted({t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)})
-        if different:
+        """Refuse two vocabularies: divergences token by token compare ids, those that both have."""
+        if different := self._different_tokens():
             raise UsageError(
                 f"the vocabularies of {self.student.name} and {self.teacher.name} differ in "
                 f"{len(different)} tokens (one is {different[0]!r}): use cross_tokenizer.py"
             )
+        self.student.vocabulary = self.teacher.vocabulary = min(m.vocabulary for m in self)
 
 
-def end_of_turn_ids(tokenizer: Tokenizer, *configs: Any) -> list[int]:
-    """The ids that end a response: first the special token that the chat template prints after an
-    answer, then the end tokens of tokenizer and configurations."""
-    turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
-    after = tokenize(tokenizer, render(tokenizer, turns).rpartition("answer")[2])[0]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids = [i for i in after if i in special][:1]
+@functools.lru_cache(maxsize=8)
+def different_tokens(student: Tokenizer, teacher: Tokenizer, size: int) -> list[str]:
+    """Tokens of one tokenizer that the other lacks or has at another id.
+
+    Tokens that were added behind the first `size` ids are no difference.
+    """
+    ours, theirs = (
+        {t: i for t, i in x.get_vocab().items() if i < size or i not in x.added_tokens_decoder}
+        for x in (student, teacher)
+    )
+    return sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+
+
+def end_of_turn_ids(tokenizer: Tokenizer, *configs: Any, **options: Any) -> list[int]:
+    """The ids that end a response: first the added token, if possible a special one, that the chat
+    template prints after an answer, then the end tokens of tokenizer and configurations."""
+    texts = []
+    for word in ("ab", "cd"):  # a template may change an answer, or hold its letters itself
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": word}]
+        texts.append(render(tokenizer, turns, **options)[::-1])
+    pairs = enumerate(zip(*texts, strict=False))
+    end = next((n for n, (a, b) in pairs if a != b), 0)  # of what follows both answers
+    after = tokenize(tokenizer, texts[0][:end][::-1])[0]
+    added = tokenizer.added_tokens_decoder
+    printed = [i for i in after if i in added and added[i].content.strip()]
+    ids = sorted(printed, key=lambda i: not added[i].special)[:1]
     for end in (tokenizer.eos_token_id, *(getattr(c, "eos_token_id", None) for c in configs)):
         ids += end if isinstance(end, list) else [] if end is None else [end]
     return list(dict.fromkeys(ids))
@@ -647,10 +683,12 @@ def load_tokenizer(name: str, revision: str, template_file: str | None) -> Token
     """A fast tokenizer with its own chat template, or with the one in `template_file`."""
     with usage_error(f"no usable tokenizer in {name}", *LOADING_ERRORS):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        if template_file:
+            tokenizer.chat_template = _read_text(template_file)
+        if tokenizer.chat_template:
+            tokenizer.get_chat_template()  # refuses named templates without a default
     if not tokenizer.is_fast:
         raise UsageError(f"{name} has no fast tokenizer; character offsets are needed for masks")
-    if template_file:
-        tokenizer.chat_template = _read_text(template_file)
     return tokenizer
 
 
@@ -676,8 +714,9 @@ def open_model(
         digest = digest_of_model(name, revision)
         with contextlib.suppress(OSError):  # most models have this file, none needs it
             generation_config = GenerationConfig.from_pretrained(name, revision=revision)
-    ends = end_of_turn_ids(tokenizer, config.get_text_config(), generation_config)
-    if not ends:
+    text_config, options = config.get_text_config(), json.loads(args.template_kwargs)
+    ends = end_of_turn_ids(tokenizer, text_config, generation_config, **options)
+    if not (ends := [i for i in ends if i < text_config.vocab_size]):
         raise UsageError(f"{name}: neither its chat template nor its tokenizer has an end token")
 
     def load(model: LanguageModel) -> PreTrainedModel:
@@ -686,6 +725,7 @@ def open_model(
 
     compute = getattr(torch, dtype)
     model = LanguageModel(name, tokenizer, config, ends, compute, device, digest, load)
+    model.directory = directory_of_model(name, revision)
     if model.max_positions and args.max_length > model.max_positions:
         raise UsageError(
             f"--max-length {args.max_length}: {name} reads at most {model.max_positions} tokens"
@@ -724,7 +764,7 @@ def check_head(model: LanguageModel) -> None:
     if layer is None or not hasattr(layer, "weight"):
         raise UsageError(f"{model.name} has no output embeddings, so its head cannot be chunked")
     if (rows := len(layer.weight)) < size:
-        raise UsageError(f"{model.name}: the tokenizer knows {size} ids, the model {rows}")
+        raise UsageError(f"{model.name}: its config.json tells {size} ids, its head has {rows}")
     ids = torch.arange(min(8, size), device=model.device)[None]
     with torch.no_grad():
         expected = model.model(input_ids=ids, use_cache=False).logits[0, :, :size]
@@ -762,6 +802,12 @@ def load_pair(args: CommonArguments, device: torch.device) -> Pair:
     """Student and teacher; the teacher's weights are loaded only if its head is not cached."""
     teacher = open_model(args, device, "teacher")
     student = load_student(args, device, teacher.tokenizer.chat_template)
+    pair = Pair(student, teacher)
+    if pair.same_vocabulary:  # the student reads the teacher's ids, its end tokens included
+        student.end_ids = list(dict.fromkeys(student.end_ids + teacher.end_ids))
+        if student.vocabulary < teacher.vocabulary:
+            teacher.vocabulary = student.vocabulary
+            teacher.digest += f"-{teacher.vocabulary}"
     if args.cache_teacher:
         dtype = str(teacher.compute_dtype).removeprefix("torch.")
         teacher.states_dir = Path(args.cache_dir) / "states" / f"{teacher.digest}-{dtype}"
@@ -769,17 +815,29 @@ def load_pair(args: CommonArguments, device: torch.device) -> Pair:
             teacher.cached_head = Head(**read_tensors(path, device))
     # Loaded now rather than at the first use, so that wrong weights are an early error.
     _ = student.model, teacher.cached_head or teacher.model
-    return Pair(student, teacher)
+    return pair
+
+
+def directory_of_model(name: str, revision: str) -> Path:
+    """The model's directory, or that of a hub model's commit."""
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(cached_file(name, "config.json", revision=revision)).parent
 
 
 def digest_of_model(name: str, revision: str) -> str:
-    """Identifies weights, configuration and tokenizer: a hub model's commit, or name, size and time
-    of change of a directory's files, because hashing weights takes longer than loading them."""
+    """Identifies weights, configuration and tokenizer: a hub model's commit, or the content of a
+    directory's files; of weights name, size and time of change, because hashing them takes longer
+    than loading them."""
+    directory, parts = directory_of_model(name, revision), []
     if not Path(name).is_dir():
-        config = cached_file(name, "config.json", revision=revision)
-        return f"{row_seed(name, extract_commit_hash(config, None)):016x}"
-    files = [f for f in sorted(Path(name).iterdir()) if f.suffix in MODEL_FILES]
-    return f"{row_seed([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]):016x}"
+        return f"{row_seed(name, directory.name):016x}"
+    for f in sorted(directory.iterdir()):
+        if f.suffix == ".safetensors":
+            parts.append((f.name, f.stat().st_size, f.stat().st_mtime_ns))
+        elif f.suffix in MODEL_FILES:
+            parts.append((f.name, hashlib.sha256(f.read_bytes()).hexdigest()))
+    return f"{row_seed(parts):016x}"
 
 
 # ----------------------------------------------------------------------------- tokens and masks
@@ -805,12 +863,13 @@ class Prompt(NamedTuple):
     conversation: Conversation
     student: list[int]
     teacher: list[int]
+    given: tuple[str, str] = ("", "")  # what of an answer each model's prompt ends in: `opened_tag`
 
 
 class Completion(NamedTuple):
     """An answer that a model wrote."""
 
-    text: str  # without its end-of-turn token
+    text: str  # without its end-of-turn token; from a teacher, with the tag that its prompt opened
     finished: bool  # False: cut by the length limit
     length: int  # in tokens, the end-of-turn token included
     ids: list[int] | None  # None from an API, which gives only text
@@ -839,6 +898,50 @@ class Batch(NamedTuple):
     targets: Tensor  # (N,)
 
 
+# Stands inside the names of control tokens that are text. No text contains this noncharacter.
+_MARK = "\ufdd0"
+
+
+@functools.lru_cache(maxsize=8)
+def _control(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """The names of control tokens. Reasoning tags are none: in text they are meant as tokens."""
+    tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    names = [t for t in tokens if len(t) > 1 and "think" not in t.lower()]
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def as_text(tokenizer: Tokenizer, value: Any) -> Any:
+    """The value, with a mark in each control token's name in its strings: see `tokenize`."""
+    if isinstance(value, str):
+        return _control(tokenizer).sub(lambda m: m[0][0] + _MARK + m[0][1:], value)
+    if isinstance(value, dict):
+        return {key: as_text(tokenizer, v) for key, v in value.items()}
+    return [as_text(tokenizer, v) for v in value] if isinstance(value, list) else value
+
+
+@functools.lru_cache(maxsize=8)
+def _text_tokenizer(tokenizer: Tokenizer) -> BackendTokenizer:
+    """A copy that knows control tokens only with a mark before their names."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state |= {"truncation": None, "padding": None, "post_processor": None}
+    control = _control(tokenizer)
+
+    def renamed(token: str) -> str:
+        return _MARK + token if control.fullmatch(token) else token
+
+    for token in state["added_tokens"]:
+        token["content"] = renamed(token["content"])
+    model, known = state["model"], state["model"]["vocab"]
+    if isinstance(known, dict):
+        model["vocab"] = {renamed(token): i for token, i in known.items()}
+    else:  # of a Unigram model
+        model["vocab"] = [[renamed(token), score] for token, score in known]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = renamed(model["unk_token"])
+    return BackendTokenizer.from_str(json.dumps(state))
+
+
 def render(
     tokenizer: Tokenizer, messages: list[Message], *, prompt: bool = False, **options: Any
 ) -> str:
@@ -848,14 +951,43 @@ def render(
 
 def _render(tokenizer: Tokenizer, messages: list[Message], **options: Any) -> tuple[str, Spans]:
     """The text, and the spans of it that `{% generation %}` marks if they are asked for."""
+    messages, options = as_text(tokenizer, messages), as_text(tokenizer, options)
     # A template may raise whatever it likes.
     with usage_error("the chat template refuses a conversation", Exception):
         texts, spans = render_jinja_template(
             [messages],
-            chat_template=_FIXED_CLOCK + tokenizer.chat_template,
+            chat_template=_FIXED_CLOCK + tokenizer.get_chat_template(tools=options.get("tools")),
             **{"date_string": FIXED_DATE, **tokenizer.special_tokens_map, **options},
         )
     return texts[0], spans[0] if spans else []
+
+
+def opened_tag(tokenizer: Tokenizer, messages: list[Message], text: str, **options: Any) -> str:
+    """The tag such as `<think>`, with the white space after it, that the cue for an answer opens
+    in the rendered prompt `text`; "" if the cue ends in what begins every answer."""
+    tag = re.search(r"[<\[]\w+[>\]]\s*\Z", text)
+    if tag is None or _control(tokenizer).fullmatch(tag[0].strip()):
+        return ""
+    before = render(tokenizer, messages, **options)
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    is_header = tag[0].strip() in render(tokenizer, turns, **options)
+    is_cue = text.startswith(before) and tag.start() >= len(before)
+    return tag[0] if is_cue and not is_header else ""
+
+
+def after_tag(answer: str, tag: str) -> str:
+    """What is left to write of an answer after a prompt that has opened this tag."""
+    if answer.startswith(tag):
+        return answer[len(tag) :]
+    if answer.startswith(tag.strip()):
+        return answer[len(tag.strip()) :].lstrip()
+    return f"\n{tag[0]}/{tag.strip()[1:]}\n\n{answer}"  # an answer without reasoning
+
+
+def whole_answer(text: str) -> str:
+    """The text of an API or a row; if the cue that it followed had opened `<think>`, with that."""
+    reasoning, closed, _ = text.partition("</think>")
+    return f"<think>\n{text}" if closed and "<think>" not in reasoning else text
 
 
 def assistant_spans(
@@ -865,9 +997,10 @@ def assistant_spans(
 
     They come from the template's `{% generation %}` marks, else from rendering every prefix. Some
     templates rewrite earlier turns (they drop reasoning, for example), so that a prefix rendered
-    alone is not a prefix of the whole. Then the spans cannot be located: `UsageError`.
+    alone is not a prefix of the whole. Then there is only the last turn's span, or none.
     """
-    if "generation" in tokenizer.chat_template.replace("add_generation_prompt", ""):
+    template = tokenizer.get_chat_template(tools=options.get("tools"))
+    if "generation" in template.replace("add_generation_prompt", ""):
         text, spans = _render(tokenizer, messages, return_assistant_tokens_mask=True, **options)
         if spans:
             return text, spans
@@ -876,31 +1009,81 @@ def assistant_spans(
         if message["role"] == "assistant":
             before = render(tokenizer, messages[:i], prompt=True, **options)
             after = render(tokenizer, messages[: i + 1], **options)
-            if not (
-                text.startswith(before) and text.startswith(after) and len(before) < len(after)
-            ):
-                raise UsageError(
-                    f"the chat template rewrites earlier turns, so assistant turn {i + 1} cannot "
-                    "be located: use --completions teacher, or a template with generation marks"
-                )
-            spans.append((len(before), len(after)))
-    return text, spans
+            located = text.startswith(before) and text.startswith(after)
+            spans.append((len(before), len(after)) if located else (0, 0))
+    return text, [(a, b) for a, b in spans[0 if all(b for _, b in spans) else -1 :] if a < b]
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], Spans]:
-    """Ids and character offsets of rendered text, which contains its special tokens already."""
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return out["input_ids"], out["offset_mapping"]
+    """Ids and character offsets of rendered text, which contains its special tokens already.
+
+    The names that `as_text` has marked are encoded as text, without their marks.
+    """
+    if _MARK not in text:
+        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return out["input_ids"], out["offset_mapping"]
+    plain, places = "", []
+    for part in re.finditer(f"{_control(tokenizer).pattern}|.", text, re.DOTALL):
+        name = "" if part[0] == _MARK else _MARK * (len(part[0]) > 1) + part[0]
+        plain, places = plain + name, places + [part.start()] * len(name)
+    with usage_error("the tokenizer cannot encode control tokens as text", Exception):
+        out = _text_tokenizer(tokenizer).encode(plain, add_special_tokens=False)
+    places.append(len(text))
+    return out.ids, [(places[a], places[b]) for a, b in out.offsets]
+
+
+def encode(
+    model: LanguageModel, texts: Sequence[str], talks: Sequence[Conversation]
+) -> list[list[int]]:
+    """The ids of rendered texts; `UsageError` names the conversation that a model cannot read."""
+    if not texts:
+        return []
+    encoded = model.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    for i, (text, talk) in enumerate(zip(texts, talks, strict=True)):
+        with usage_error(talk.source, UsageError):
+            if _MARK in text:
+                encoded[i] = tokenize(model.tokenizer, text)[0]
+            model.check_ids(encoded[i])
+    return encoded
+
+
+def tokenize_after(
+    model: LanguageModel, rendered: Sequence[str], asked: Sequence[tuple[list[int], str]],
+    talks: Sequence[Conversation],
+) -> list[list[int]]:  # fmt: skip
+    """The ids of texts that follow rendered conversations: `asked` has the ids of what is before a
+    text, and the text.
+
+    A text is tokenised after what is before it, because SentencePiece marks where text begins. If
+    one token would span the boundary, the text is tokenised by itself, because at generation time
+    the model has read exactly the prompt's own tokens.
+    """
+    texts = [as_text(model.tokenizer, text) for _, text in asked]
+    wholes = [before + text if text else "" for before, text in zip(rendered, texts, strict=True)]
+    responses = []
+    for i, ids in enumerate(encode(model, wholes, talks)):
+        before = asked[i][0]
+        responses.append(ids[len(before) :])
+        if texts[i] and (ids[: len(before)] != before or not responses[i]):
+            (responses[i],) = encode(model, [texts[i]], [talks[i]])
+    return responses
 
 
 def tokenize_conversation(model: LanguageModel, messages: list[Message], **options: Any) -> Tokens:
-    """The conversation; all tokens of assistant turns are targets, end-of-turn tokens included."""
+    """The conversation; all tokens of assistant turns are targets, end-of-turn tokens included.
+
+    If the template prints no end after the last turn, the model's own is appended. If it does not
+    print the last turn as it is, there are no targets.
+    """
     text, spans = assistant_spans(model.tokenizer, messages, **options)
+    if spans and not _prints(text[slice(*spans[-1])], messages[-1]):
+        spans = []
     ids, offsets = tokenize(model.tokenizer, text)
+    model.check_ids(ids)
     # Some tokenizers leave leading spaces out of offsets, so a token begins where the last ended.
     ends_before = [0, *(b for _, b in offsets[:-1])]
     begins = [min(a, last) for (a, _), last in zip(offsets, ends_before, strict=True)]
-    targets = []
+    targets, inside = [], []
     for start, stop in spans:
         inside = [i for i, begin in enumerate(begins) if start <= begin < stop]
         ends = [i for i in inside if ids[i] in model.end_ids]
@@ -909,7 +1092,19 @@ def tokenize_conversation(model: LanguageModel, messages: list[Message], **optio
         elif inside and inside[-1] + 1 < len(ids) and ids[inside[-1] + 1] in model.end_ids:
             inside.append(inside[-1] + 1)
         targets += inside
+    if inside and ids[inside[-1]] not in model.end_ids:
+        ids = [*ids[: inside[-1] + 1], model.end_ids[0]]
+        targets.append(len(ids) - 1)
     return Tokens(ids, [i for i in targets if i > 0])
+
+
+def _prints(span: str, message: Message) -> bool:
+    """Whether the rendered turn holds the message's text, but for white space and a tag at its
+    beginning, which the prompt may hold."""
+    texts = message.get("content"), message.get("reasoning_content")
+    texts = [re.sub(r"^\s*[<\[]\w+[>\]]", "", t) for t in texts if isinstance(t, str)]
+    span, *texts = ("".join(t.split()) for t in (span.replace(_MARK, ""), *texts))
+    return all(t in span for t in texts)
 
 
 def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) -> list[Prompt]:
@@ -919,20 +1114,22 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
     For an API teacher, which tokenises for itself, both fields hold the student's ids.
     """
 
-    def ids_for(model: LanguageModel) -> list[list[int]]:
-        texts = []
+    def read_by(model: LanguageModel) -> tuple[list[list[int]], list[str]]:
+        texts, tags = [], []
         for c in conversations:
             with usage_error(c.source, UsageError):
                 texts.append(render(model.tokenizer, c.messages, prompt=True, **c.options))
-        return model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+                tags.append(opened_tag(model.tokenizer, c.messages, texts[-1], **c.options))
+        return encode(model, texts, conversations), tags
 
-    ours = theirs = ids_for(pair.student)
+    (ours, our_tags), (theirs, their_tags) = [read_by(pair.student)] * 2
     if pair.has_weights:
-        templates = {model.tokenizer.chat_template for model in pair}
-        if len(templates) > 1 or not pair.same_vocabulary:
-            theirs = ids_for(pair.teacher)
-    parts = zip(conversations, ours, theirs, strict=True)
-    prompts = [Prompt(*p) for p in parts if all(0 < len(ids) < limit for ids in p[1:])]
+        templates = [model.tokenizer.chat_template for model in pair]
+        if templates[0] != templates[1] or not pair.same_vocabulary:
+            theirs, their_tags = read_by(pair.teacher)
+    tags = zip(our_tags, their_tags, strict=True)
+    parts = zip(conversations, ours, theirs, tags, strict=True)
+    prompts = [Prompt(*p) for p in parts if all(0 < len(ids) < limit for ids in p[1:3])]
     left_out = f"{len(conversations) - len(prompts)} of {len(conversations)} prompts"
     if not prompts:
         raise UsageError(f"{left_out} do not fit into --max-length {limit}")
@@ -960,75 +1157,104 @@ def make_examples(prompts: list[Prompt], pair: Pair, args: CommonArguments) -> l
 
 
 def completion_examples(
-    prompts: Sequence[Prompt], completions: Sequence[Completion], pair: Pair, max_length: int
-) -> list[Example]:
-    """Examples on text that a model wrote, one for each prompt.
+    prompts: Sequence[Prompt], completions: Sequence[Completion], pair: Pair, max_length: int,
+    by_student: bool = False,
+) -> list[Example]:  # fmt: skip
+    """Examples on text that the teacher wrote, or the student, one for each prompt.
 
     With one vocabulary both models read the generated ids. Otherwise the student tokenises the text
-    itself, and its tokens stand in for those of an API teacher.
+    itself, and its tokens stand in for those of an API teacher. A tag that only one model's prompt
+    opens (`Prompt.given`) follows the other's prompt and is no target.
     """
-    shared = pair.same_vocabulary
-    if not shared:
-        ours = tokenize_completions(pair.student, prompts, completions)
-    examples = []
-    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        response = completion.ids if shared else ours[i]
-        sides = [_with_response(prompt.student, response)] * 2
-        if pair.has_weights:
-            sides[1] = _with_response(prompt.teacher, completion.ids)
-        examples.append(Example(i, prompt, completion.text, *_cut(sides, max_length, shared)))
-    return examples
-
-
-def tokenize_completions(
-    model: LanguageModel, prompts: Sequence[Prompt], completions: Sequence[Completion]
-) -> list[list[int]]:
-    """The model's own response ids for text that another model wrote.
-
-    A text is tokenised after its prompt, because SentencePiece marks where text begins. If one
-    token would span the boundary between prompt and answer, the answer is tokenised by itself,
-    because at generation time the model has read exactly the prompt's own tokens.
-    """
-    talks = [p.conversation for p in prompts]
-    rendered = [render(model.tokenizer, c.messages, prompt=True, **c.options) for c in talks]
-    texts = [before + c.text for before, c in zip(rendered, completions, strict=True)]
-    encode = functools.partial(model.tokenizer, add_special_tokens=False, verbose=False)
-    responses = []
-    for prompt, completion, ids in zip(prompts, completions, encode(texts).input_ids, strict=True):
-        start = len(prompt.student)
-        response = ids[start:]
-        if ids[:start] != prompt.student or (completion.text and not response):
-            response = encode(completion.text).input_ids
-        responses.append(response + model.end_ids[:1] * completion.finished)
-    return responses
+    shared, models, writer = pair.same_vocabulary, pair[: 1 + pair.has_weights], int(not by_student)
+    texts, answers, written = [], [], []  # of the targets; their ids, if nothing is left out
+    tags: list[list[str]] = [[], []]  # what each model reads between its prompt and the answer
+    for prompt, completion in zip(prompts, completions, strict=True):
+        text = completion.text if completion.ids else whole_answer(completion.text)
+        texts.append(prompt.given[0] + text if by_student else text)
+        left = [after_tag(texts[-1], tag) for tag in prompt.given[: len(models)]]
+        answers.append(min(left, key=len))
+        for side, rest in zip(tags, left, strict=False):
+            side.append(rest.removesuffix(answers[-1]))
+        untouched = completion.ids and left[writer] == answers[-1]
+        written.append(completion.ids if untouched else None)
+    sides, responses = [], written
+    for k, model in enumerate(models):
+        if not shared:
+            responses = [ids if k == writer else None for ids in written]
+        befores = [prompt[1 + k] for prompt in prompts]
+        todo = [i for i, ids in enumerate(responses) if ids is None or tags[k][i]]
+        talks = [prompts[i].conversation for i in todo]
+        rendered = [render(model.tokenizer, c.messages, prompt=True, **c.options) for c in talks]
+        asked = [(befores[i], tags[k][i]) for i in todo]
+        for i, ids in zip(todo, tokenize_after(model, rendered, asked, talks), strict=True):
+            befores[i] = befores[i] + ids
+        rendered = [text + tags[k][i] for text, i in zip(rendered, todo, strict=True)]
+        asked = [(befores[i], answers[i]) for i in todo]
+        for i, ids in zip(todo, tokenize_after(model, rendered, asked, talks), strict=True):
+            if responses[i] is None:
+                responses[i] = ids + model.end_ids[:1] * completions[i].finished
+        sides.append([with_response(*both) for both in zip(befores, responses, strict=True)])
+    parts = zip(prompts, texts, sides[0], sides[-1], strict=True)
+    return [
+        Example(i, prompt, text, *_cut(both, max_length, shared))
+        for i, (prompt, text, *both) in enumerate(parts)
+    ]
 
 
 def dataset_examples(
     prompts: list[Prompt], pair: Pair, max_length: int
 ) -> tuple[list[Example], int]:
-    """Examples on the data set's own responses, and how many of those were cut to fit."""
+    """Examples on the data set's own responses, and how many of those were cut to fit.
+
+    A response that the template does not print as it is follows the prompt as a completion does.
+    """
     examples, cut, shared = [], 0, pair.same_vocabulary or not pair.has_weights
+    last_only = 0  # conversations with earlier answers that cannot be located
     for i, prompt in enumerate(prompts):
-        conversation = prompt.conversation
-        turns = [*conversation.messages, conversation.response]
+        conversation, response = prompt.conversation, prompt.conversation.response
+        if isinstance(response["content"], str):
+            response = response | {"content": whole_answer(response["content"])}
+        turns = [*conversation.messages, response]
         with usage_error(conversation.source, UsageError):
             sides = [tokenize_conversation(pair.student, turns, **conversation.options)] * 2
             if prompt.student is not prompt.teacher:  # templates or vocabularies differ
                 sides[1] = tokenize_conversation(pair.teacher, turns, **conversation.options)
+            if not all(side.targets for side in sides):
+                answer = Completion(_unrendered(response), True, 0, None)
+                (example,) = completion_examples([prompt], [answer], pair, sys.maxsize)
+                sides = [example.student, example.teacher]
         answers = [[side.ids[i] for i in side.targets] for side in sides]
         if shared and answers[0] != answers[1]:
             raise UsageError(
                 f"{conversation.source}: the templates of the two models split the response "
                 "differently: use --completions teacher"
             )
+        earlier = any(turn["role"] == "assistant" for turn in conversation.messages)
+        last_only += earlier and sides[0].targets[0] >= len(prompt.student) - 1
         ours, theirs = _cut(sides, max_length, shared)
         cut += len(ours.targets) < len(answers[0])
         if ours.targets:
-            examples.append(Example(i, prompt, conversation.response["content"], ours, theirs))
+            examples.append(Example(i, prompt, response["content"], ours, theirs))
+    if last_only:
+        PartialState().print(
+            f"{last_only} of {len(prompts)} conversations: the chat template rewrites earlier "
+            "turns, so only the last answer is learned"
+        )
     return examples, cut
 
 
-def _with_response(prompt_ids: list[int], response_ids: list[int]) -> Tokens:
+def _unrendered(response: Message) -> str:
+    """A response as a model would write it; `UsageError` for parts that only a template prints."""
+    if others := {k for k, v in response.items() if v} - {"role", "content", "reasoning_content"}:
+        raise UsageError(f"the chat template does not print {', '.join(sorted(others))} as given")
+    reasoning = response.get("reasoning_content")
+    text = response["content"] or ""
+    return f"<think>\n{reasoning.strip()}\n</think>\n\n{text}" if reasoning else text
+
+
+def with_response(prompt_ids: list[int], response_ids: list[int]) -> Tokens:
+    """Tokens of a prompt and its response, of which every token is a target."""
     ids = prompt_ids + response_ids
     return Tokens(ids, list(range(len(prompt_ids), len(ids))))
 
@@ -1610,7 +1836,6 @@ class Evaluator:
         )
         self.args, self.student = args, pair.student
         self.comparable = pair.same_vocabulary  # then the student reads the teacher's ids
-        self.shared_ends = teacher.end_ids if self.comparable else []
         self.references = [
             p.conversation.references or [c.text] for p, c in zip(prompts, greedy, strict=True)
         ]
@@ -1636,7 +1861,8 @@ class Evaluator:
         tallies = {}
         for place, answer in answers:
             i = self.examples[place].index
-            tallies[i] = self._answer_tally(i, answer)
+            text = self.examples[place].prompt.given[0] + answer.text
+            tallies[i] = self._answer_tally(i, answer._replace(text=text))
             if i < show:
                 question = student.tokenizer.decode(prompts[place])
                 line = f"  {question!r}\n    {answer.text!r}  (of {self.references[i]})"
@@ -1665,7 +1891,6 @@ class Evaluator:
         if logits is None or self.comparable:
             theirs = self.teacher_logits[i]
             theirs = Logits(theirs.hidden.to(model.device), theirs.head)
-        ends = {*model.end_ids, *self.shared_ends}
         sides = [e.student if model is self.student else e.teacher for e in batch]
         targets = collate(sides, model.device).targets
         values = compare(logits or theirs, targets, theirs if self.comparable else None)
@@ -1677,7 +1902,7 @@ class Evaluator:
             tally |= {"tokens": counts[j], "nats": -logprobs[j].sum().item()}
             # The text alone, without its end token; decoded after the prompt, because some
             # tokenizers strip what text begins with.
-            count = counts[j] - bool(side.targets and side.ids[-1] in ends)
+            count = counts[j] - bool(side.targets and side.ids[-1] in model.end_ids)
             start = len(side.ids) - counts[j]
             texts = side.ids[:start], side.ids[: start + count]
             before, after = (len(model.tokenizer.decode(ids).encode()) for ids in texts)
@@ -1699,6 +1924,8 @@ def compare(student: Logits, targets: Tensor, teacher: Logits | None = None) -> 
         values = {"logprob": logprobs.gather(1, targets[rows, None])[:, 0]}
         if teacher is not None:
             theirs = log_softmax_with_temperature(teacher[rows])
+            if logprobs.shape[1] > theirs.shape[1]:  # only the ids that both have
+                logprobs = log_softmax_with_temperature(logprobs[:, : theirs.shape[1]])
             values["agree"] = (logprobs.argmax(-1) == theirs.argmax(-1)).float()
             values["kl"], _ = divergence(logprobs, theirs, Objective())  # overwrites both
         parts.append(values)
@@ -2096,7 +2323,42 @@ def save_student(student: LanguageModel, directory: Path, card: str) -> None:
         student.adapters.merge_and_unload()
     student.model.save_pretrained(directory)
     student.tokenizer.save_pretrained(directory)
+    restore_own_files(student, directory)
     (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+# What a tokenizer or processor consists of, but for chat templates.
+OWN_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+             "*.model", "*.tiktoken", "tekken.json", "*processor_config.json")  # fmt: skip
+
+
+def restore_own_files(student: LanguageModel, directory: Path) -> None:
+    """Replace what this version of transformers wrote by the student's own files, and write
+    configurations so that older versions can read them too."""
+    for pattern in OWN_FILES if student.directory else ():
+        for path in student.directory.glob(pattern):
+            shutil.copyfile(path, directory / path.name)
+    path, template = directory / "tokenizer_config.json", student.tokenizer.chat_template
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    config["chat_template"] = template  # before 4.44 it is looked for only here
+    if config.get("tokenizer_class") == "TokenizersBackend":  # so called since 5.0
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(more := config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = more
+        del config["extra_special_tokens"]
+    write_json(path, config)
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    own = student.directory / "config.json"
+    config = json.loads(own.read_text(encoding="utf-8")) | config
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+    if "dtype" in config:
+        config["torch_dtype"] = config["dtype"]
+    write_json(path, config)
 
 
 def write_json(path: Path, value: Any) -> None:

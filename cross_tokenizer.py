@@ -129,9 +129,11 @@ def token_bytes(model: LanguageModel) -> list[bytes]:
 
     result = [b""] * model.vocabulary
     for token, i in tokenizer.get_vocab().items():
-        result[i] = as_bytes(token)
+        if i < len(result):
+            result[i] = as_bytes(token)
     for i, added in tokenizer.added_tokens_decoder.items():
-        result[i] = (END if added.special else b"") + added.content.encode()
+        if i < len(result):
+            result[i] = (END if added.special else b"") + added.content.encode()
     for i in model.end_ids:
         result[i] = END
     return result

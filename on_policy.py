@@ -185,7 +185,9 @@ class Rollouts:
             self._sample(step)
         sampled_at, answers = self.waiting.pop(step)
         prompts = common.global_batch(self.prompts, self.args, step)
-        return common.completion_examples(prompts, answers, self.pair, self.args.max_length), {
+        return common.completion_examples(
+            prompts, answers, self.pair, self.args.max_length, by_student=True
+        ), {
             "rollout/response_tokens": sum(a.length for a in answers) / len(answers),
             "rollout/cut_off": sum(not a.finished for a in answers) / len(answers),
             "rollout/staleness": step - sampled_at,
@@ -295,7 +297,9 @@ class Evaluator(common.Evaluator):
         seeds = [common.row_seed(args.seed, "own text", e.index) for e in self.examples]
         written = common.generate(student, [p.student for p in prompts], seeds, args, 1.0)
         answers = [answer for _, answer in sorted(written)]
-        examples = common.completion_examples(prompts, answers, self.pair, args.max_length)
+        examples = common.completion_examples(
+            prompts, answers, self.pair, args.max_length, by_student=True
+        )
         tallies = {}
         for batch in common.length_batches(examples, lambda e: len(e.teacher.ids)):
             inputs = common.collate([e.student for e in batch], student.device)

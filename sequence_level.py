@@ -23,6 +23,7 @@ student does not learn from answers that the length limit cut, empty ones and re
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib.util
 import json
 import os
@@ -141,7 +142,7 @@ def training_text(
     Also how many answers were written, kept, and dropped for each reason.
     """
     if args.completions == "dataset":
-        return common.make_examples(prompts, pair, args), {}
+        return common.make_examples(prompts, common.Pair(pair.student, None), args), {}
     if args.keep_matching and (bare := next((c for c in train if not c.references), None)):
         raise UsageError(f"{bare.source}: no reference that --keep-matching could compare with")
     asked = [p for p in prompts for _ in range(args.samples_per_prompt)]
@@ -150,6 +151,10 @@ def training_text(
         purpose="training text",
     )  # fmt: skip
     examples = common.completion_examples(asked, answers, pair, sys.maxsize)
+    for i, example in enumerate(examples):  # a tag that the teacher's prompt has opened is a target
+        ids, start = example.student.ids, len(example.prompt.student)
+        student = common.with_response(ids[:start], ids[start:])
+        examples[i] = dataclasses.replace(example, student=student)
     return select(examples, answers, args)
 
 
