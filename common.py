@@ -537,18 +537,14 @@ class LanguageModel:
     @functools.cached_property
     def vocabulary(self) -> int:
         """The number of ids that are tokens; rows of the head beyond them are padding."""
-        return min(max(self.tokenizer.get_vocab().values()) + 1, self.rows)
-
-    @property
-    def rows(self) -> int:
-        """The number of ids that the model has embeddings for."""
-        return self.config.get_text_config().vocab_size
+        known = max(self.tokenizer.get_vocab().values()) + 1
+        return min(known, self.config.get_text_config().vocab_size)
 
     def check_ids(self, ids: list[int]) -> None:
-        """Refuse ids of tokens that only the tokenizer knows."""
-        if max(ids, default=0) >= self.rows:
+        """Refuse tokens that only the tokenizer knows, or only one model of a pair."""
+        if max(ids, default=0) >= self.vocabulary:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
-            raise UsageError(f"{self.name} has no embedding for the token {token!r} of this text")
+            raise UsageError(f"the text has the token {token}, which not every model has")
 
     @property
     def max_positions(self) -> int | None:
@@ -632,15 +628,16 @@ class Pair(NamedTuple):
     @property
     def same_vocabulary(self) -> bool:
         """Whether equal ids are equal tokens, as far as both models have them."""
-        return self.has_weights and not self._different_tokens()
+        return self.has_weights and not self.different_tokens()
 
-    def _different_tokens(self) -> list[str]:
+    def different_tokens(self) -> list[str]:
+        """Tokens that one model lacks or has at another id, but for those added at the end."""
         size = min(model.vocabulary for model in self)
-        return different_tokens(*(model.tokenizer for model in self), size)
+        return _different_tokens(*(model.tokenizer for model in self), size)
 
     def check_same_vocabulary(self) -> None:
-        """Refuse two vocabularies: divergences token by token compare ids, those that both have."""
-        if different := self._different_tokens():
+        """Refuse two vocabularies: divergences token by token compare the ids that both have."""
+        if different := self.different_tokens():
             raise UsageError(
                 f"the vocabularies of {self.student.name} and {self.teacher.name} differ in "
                 f"{len(different)} tokens (one is {different[0]!r}): use cross_tokenizer.py"
@@ -649,16 +646,12 @@ class Pair(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def different_tokens(student: Tokenizer, teacher: Tokenizer, size: int) -> list[str]:
-    """Tokens of one tokenizer that the other lacks or has at another id.
-
-    Tokens that were added behind the first `size` ids are no difference.
-    """
+def _different_tokens(student: Tokenizer, teacher: Tokenizer, size: int) -> list[str]:
     ours, theirs = (
-        {t: i for t, i in x.get_vocab().items() if i < size or i not in x.added_tokens_decoder}
+        {(t, i) for t, i in x.get_vocab().items() if i < size or i not in x.added_tokens_decoder}
         for x in (student, teacher)
     )
-    return sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+    return sorted({token for token, _ in ours ^ theirs})
 
 
 def end_of_turn_ids(tokenizer: Tokenizer, *configs: Any, **options: Any) -> list[int]:
@@ -669,11 +662,10 @@ def end_of_turn_ids(tokenizer: Tokenizer, *configs: Any, **options: Any) -> list
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": word}]
         texts.append(render(tokenizer, turns, **options)[::-1])
     pairs = enumerate(zip(*texts, strict=False))
-    end = next((n for n, (a, b) in pairs if a != b), 0)  # of what follows both answers
-    after = tokenize(tokenizer, texts[0][:end][::-1])[0]
-    added = tokenizer.added_tokens_decoder
-    printed = [i for i in after if i in added and added[i].content.strip()]
-    ids = sorted(printed, key=lambda i: not added[i].special)[:1]
+    common = next((n for n, (a, b) in pairs if a != b), 0)
+    after, added = texts[0][:common][::-1], tokenizer.added_tokens_decoder
+    ids = [i for i in tokenize(tokenizer, after)[0] if i in added and added[i].content.strip()]
+    ids = sorted(ids, key=lambda i: not added[i].special)[:1]
     for end in (tokenizer.eos_token_id, *(getattr(c, "eos_token_id", None) for c in configs)):
         ids += end if isinstance(end, list) else [] if end is None else [end]
     return list(dict.fromkeys(ids))
@@ -923,23 +915,9 @@ def as_text(tokenizer: Tokenizer, value: Any) -> Any:
 @functools.lru_cache(maxsize=8)
 def _text_tokenizer(tokenizer: Tokenizer) -> BackendTokenizer:
     """A copy that knows control tokens only with a mark before their names."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state |= {"truncation": None, "padding": None, "post_processor": None}
-    control = _control(tokenizer)
-
-    def renamed(token: str) -> str:
-        return _MARK + token if control.fullmatch(token) else token
-
-    for token in state["added_tokens"]:
-        token["content"] = renamed(token["content"])
-    model, known = state["model"], state["model"]["vocab"]
-    if isinstance(known, dict):
-        model["vocab"] = {renamed(token): i for token, i in known.items()}
-    else:  # of a Unigram model
-        model["vocab"] = [[renamed(token), score] for token, score in known]
-    if isinstance(model.get("unk_token"), str):
-        model["unk_token"] = renamed(model["unk_token"])
-    return BackendTokenizer.from_str(json.dumps(state))
+    state = tokenizer.backend_tokenizer.to_str()
+    names = f'"({_control(tokenizer).pattern})"'
+    return BackendTokenizer.from_str(re.sub(names, f'"{_MARK}\\1"', state))
 
 
 def render(
@@ -1032,13 +1010,10 @@ def tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], Spans]:
     return out.ids, [(places[a], places[b]) for a, b in out.offsets]
 
 
-def encode(
-    model: LanguageModel, texts: Sequence[str], talks: Sequence[Conversation]
-) -> list[list[int]]:
-    """The ids of rendered texts; `UsageError` names the conversation that a model cannot read."""
-    if not texts:
-        return []
-    encoded = model.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+def encode(model: LanguageModel, texts: list[str], talks: Sequence[Conversation]) -> list[Any]:
+    """The ids of rendered texts; `UsageError` names a conversation that the model cannot read."""
+    options = {"add_special_tokens": False, "verbose": False}
+    encoded = model.tokenizer(texts, **options)["input_ids"] if texts else []
     for i, (text, talk) in enumerate(zip(texts, talks, strict=True)):
         with usage_error(talk.source, UsageError):
             if _MARK in text:
@@ -1193,7 +1168,8 @@ def completion_examples(
         asked = [(befores[i], answers[i]) for i in todo]
         for i, ids in zip(todo, tokenize_after(model, rendered, asked, talks), strict=True):
             if responses[i] is None:
-                responses[i] = ids + model.end_ids[:1] * completions[i].finished
+                end = models[-1 if shared else k].end_ids[:1]
+                responses[i] = ids + end * completions[i].finished
         sides.append([with_response(*both) for both in zip(befores, responses, strict=True)])
     parts = zip(prompts, texts, sides[0], sides[-1], strict=True)
     return [
@@ -1220,7 +1196,7 @@ def dataset_examples(
             sides = [tokenize_conversation(pair.student, turns, **conversation.options)] * 2
             if prompt.student is not prompt.teacher:  # templates or vocabularies differ
                 sides[1] = tokenize_conversation(pair.teacher, turns, **conversation.options)
-            if not all(side.targets for side in sides):
+            if not all(side.targets for side in sides) or prompt.given[0] != prompt.given[1]:
                 answer = Completion(_unrendered(response), True, 0, None)
                 (example,) = completion_examples([prompt], [answer], pair, sys.maxsize)
                 sides = [example.student, example.teacher]
@@ -1238,8 +1214,8 @@ def dataset_examples(
             examples.append(Example(i, prompt, response["content"], ours, theirs))
     if last_only:
         PartialState().print(
-            f"{last_only} of {len(prompts)} conversations: the chat template rewrites earlier "
-            "turns, so only the last answer is learned"
+            f"of {last_only} of {len(prompts)} conversations only the last answer is learned: a "
+            "chat template rewrites earlier turns, or the two models' templates open other tags"
         )
     return examples, cut
 
@@ -2333,32 +2309,28 @@ OWN_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voca
 
 
 def restore_own_files(student: LanguageModel, directory: Path) -> None:
-    """Replace what this version of transformers wrote by the student's own files, and write
-    configurations so that older versions can read them too."""
-    for pattern in OWN_FILES if student.directory else ():
-        for path in student.directory.glob(pattern):
-            shutil.copyfile(path, directory / path.name)
-    path, template = directory / "tokenizer_config.json", student.tokenizer.chat_template
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(template, dict):
-        template = [{"name": name, "template": text} for name, text in template.items()]
-    config["chat_template"] = template  # before 4.44 it is looked for only here
-    if config.get("tokenizer_class") == "TokenizersBackend":  # so called since 5.0
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(more := config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = more
-        del config["extra_special_tokens"]
-    write_json(path, config)
-    path = directory / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    own = student.directory / "config.json"
-    config = json.loads(own.read_text(encoding="utf-8")) | config
+    """Put the student's own tokenizer files in place of what this version of transformers made of
+    them, and write configurations so that older versions can read them too."""
+    for path in itertools.chain.from_iterable(map(student.directory.glob, OWN_FILES)):
+        shutil.copyfile(path, directory / path.name)
+    paths = [folder / "config.json" for folder in (student.directory, directory)]
+    paths.append(directory / "tokenizer_config.json")
+    own, config, tokenizer = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    config = own | config | {"torch_dtype": config.get("dtype")}
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]
-    if "dtype" in config:
-        config["torch_dtype"] = config["dtype"]
-    write_json(path, config)
+        scaling = None if rope.get("rope_type") == "default" else rope
+        config |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+    write_json(directory / "config.json", config)
+    template = student.tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    tokenizer["chat_template"] = template
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(tokenizer.get("extra_special_tokens"), list):
+        tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+    write_json(directory / "tokenizer_config.json", tokenizer)
 
 
 def write_json(path: Path, value: Any) -> None:
