@@ -212,7 +212,8 @@ def check_arguments(args: CommonArguments) -> None:
     with usage_error("--template-kwargs", ValueError):
         if not isinstance(json.loads(args.template_kwargs), dict):
             raise ValueError("must be a JSON object")
-    tracker = args.report_to
+    changed, tracker = changed_flags(args).keys(), args.report_to
+    text = changed & {"top_p", "sampling_temperature"}
     install = '-e ".[trackers]"' if tracker == "tensorboard" else tracker
     known, installed = LoggerType.list(), [str(t) for t in get_available_trackers()]
     for wrong, message in (
@@ -224,6 +225,28 @@ def check_arguments(args: CommonArguments) -> None:
         (tracker not in {"none", *known} - {"all"}, f"--report-to: unknown tracker {tracker}"),
         (tracker not in ("none", *installed), f"--report-to {tracker} needs pip install {install}"),
         (not Path(args.chat_template or ".").exists(), f"--chat-template: no {args.chat_template}"),
+        (
+            args.overwrite and not args.output_dir,
+            "--overwrite needs --output-dir, the run to replace",
+        ),
+        (
+            "top_p" in text and not args.sampling_temperature,
+            "--top-p needs a --sampling-temperature",
+        ),
+        (
+            text and args.completions == "dataset",
+            "--sampling-temperature and --top-p are for the "
+            "teacher's text, not for --completions dataset",
+        ),
+        (args.revision != "main" and Path(args.student).is_dir(), "--revision is for hub models"),
+        (
+            args.teacher_revision != "main" and Path(args.teacher).is_dir(),
+            "--teacher-revision is for hub models",
+        ),
+        (
+            changed & {"dataset_config", "dataset_split"} and Path(args.dataset).is_file(),
+            "--dataset-config and --dataset-split are for hub data sets and directories",
+        ),
     ):
         if wrong:
             raise UsageError(message)
@@ -648,8 +671,8 @@ class Pair(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def _different_tokens(student: Tokenizer, teacher: Tokenizer, size: int) -> list[str]:
     ours, theirs = (
-        {(t, i) for t, i in x.get_vocab().items() if i < size or i not in x.added_tokens_decoder}
-        for x in (student, teacher)
+        {(token, i) for token, i in t.get_vocab().items() if i < size or i not in added}
+        for t, added in ((t, t.added_tokens_decoder) for t in (student, teacher))
     )
     return sorted({token for token, _ in ours ^ theirs})
 
@@ -1023,25 +1046,22 @@ def encode(model: LanguageModel, texts: list[str], talks: Sequence[Conversation]
 
 
 def tokenize_after(
-    model: LanguageModel, rendered: Sequence[str], asked: Sequence[tuple[list[int], str]],
-    talks: Sequence[Conversation],
-) -> list[list[int]]:  # fmt: skip
-    """The ids of texts that follow rendered conversations: `asked` has the ids of what is before a
-    text, and the text.
+    model: LanguageModel, befores: list[str], texts: list[str], talks: Sequence[Conversation]
+) -> list[tuple[list[int], list[int]]]:
+    """The ids of rendered text and of the answer that follows it.
 
-    A text is tokenised after what is before it, because SentencePiece marks where text begins. If
-    one token would span the boundary, the text is tokenised by itself, because at generation time
-    the model has read exactly the prompt's own tokens.
+    An answer is tokenised after its prompt, because SentencePiece marks where text begins. If one
+    token would span the boundary, the answer is tokenised by itself, because at generation time the
+    model has read exactly the prompt's own tokens.
     """
-    texts = [as_text(model.tokenizer, text) for _, text in asked]
-    wholes = [before + text if text else "" for before, text in zip(rendered, texts, strict=True)]
-    responses = []
-    for i, ids in enumerate(encode(model, wholes, talks)):
-        before = asked[i][0]
-        responses.append(ids[len(before) :])
-        if texts[i] and (ids[: len(before)] != before or not responses[i]):
-            (responses[i],) = encode(model, [texts[i]], [talks[i]])
-    return responses
+    texts = [as_text(model.tokenizer, text) for text in texts]
+    starts = encode(model, befores, talks)
+    wholes = encode(model, [a + b for a, b in zip(befores, texts, strict=True)], talks)
+    pairs = []
+    for start, whole, text, talk in zip(starts, wholes, texts, talks, strict=True):
+        split = whole[: len(start)] == start and (len(whole) > len(start) or not text)
+        pairs.append((start, whole[len(start) :] if split else encode(model, [text], [talk])[0]))
+    return pairs
 
 
 def tokenize_conversation(model: LanguageModel, messages: list[Message], **options: Any) -> Tokens:
@@ -1089,22 +1109,22 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
     For an API teacher, which tokenises for itself, both fields hold the student's ids.
     """
 
-    def read_by(model: LanguageModel) -> tuple[list[list[int]], list[str]]:
+    def read_by(model: LanguageModel) -> list[tuple[list[int], str]]:
         texts, tags = [], []
         for c in conversations:
             with usage_error(c.source, UsageError):
                 texts.append(render(model.tokenizer, c.messages, prompt=True, **c.options))
                 tags.append(opened_tag(model.tokenizer, c.messages, texts[-1], **c.options))
-        return encode(model, texts, conversations), tags
+        return list(zip(encode(model, texts, conversations), tags, strict=True))
 
-    (ours, our_tags), (theirs, their_tags) = [read_by(pair.student)] * 2
+    ours = theirs = read_by(pair.student)
     if pair.has_weights:
         templates = [model.tokenizer.chat_template for model in pair]
         if templates[0] != templates[1] or not pair.same_vocabulary:
-            theirs, their_tags = read_by(pair.teacher)
-    tags = zip(our_tags, their_tags, strict=True)
-    parts = zip(conversations, ours, theirs, tags, strict=True)
-    prompts = [Prompt(*p) for p in parts if all(0 < len(ids) < limit for ids in p[1:3])]
+            theirs = read_by(pair.teacher)
+    sides = zip(conversations, ours, theirs, strict=True)
+    prompts = [Prompt(c, a[0], b[0], (a[1], b[1])) for c, a, b in sides]
+    prompts = [p for p in prompts if all(0 < len(ids) < limit for ids in p[1:3])]
     left_out = f"{len(conversations) - len(prompts)} of {len(conversations)} prompts"
     if not prompts:
         raise UsageError(f"{left_out} do not fit into --max-length {limit}")
@@ -1133,24 +1153,21 @@ def make_examples(prompts: list[Prompt], pair: Pair, args: CommonArguments) -> l
 
 def completion_examples(
     prompts: Sequence[Prompt], completions: Sequence[Completion], pair: Pair, max_length: int,
-    by_student: bool = False,
+    by_student: bool = False, learn_tag: bool = False,
 ) -> list[Example]:  # fmt: skip
     """Examples on text that the teacher wrote, or the student, one for each prompt.
 
     With one vocabulary both models read the generated ids. Otherwise the student tokenises the text
     itself, and its tokens stand in for those of an API teacher. A tag that only one model's prompt
-    opens (`Prompt.given`) follows the other's prompt and is no target.
+    opens (`Prompt.given`) follows the other's prompt; the student is to write it if `learn_tag`.
     """
     shared, models, writer = pair.same_vocabulary, pair[: 1 + pair.has_weights], int(not by_student)
-    texts, answers, written = [], [], []  # of the targets; their ids, if nothing is left out
-    tags: list[list[str]] = [[], []]  # what each model reads between its prompt and the answer
+    texts, answers, written = [], [], []  # answers: what both models read as target
     for prompt, completion in zip(prompts, completions, strict=True):
         text = completion.text if completion.ids else whole_answer(completion.text)
         texts.append(prompt.given[0] + text if by_student else text)
         left = [after_tag(texts[-1], tag) for tag in prompt.given[: len(models)]]
         answers.append(min(left, key=len))
-        for side, rest in zip(tags, left, strict=False):
-            side.append(rest.removesuffix(answers[-1]))
         untouched = completion.ids and left[writer] == answers[-1]
         written.append(completion.ids if untouched else None)
     sides, responses = [], written
@@ -1158,22 +1175,29 @@ def completion_examples(
         if not shared:
             responses = [ids if k == writer else None for ids in written]
         befores = [prompt[1 + k] for prompt in prompts]
-        todo = [i for i, ids in enumerate(responses) if ids is None or tags[k][i]]
+        tags = [
+            after_tag(text, prompt.given[k]).removesuffix(answer)
+            for text, prompt, answer in zip(texts, prompts, answers, strict=True)
+        ]
+        todo = [i for i, ids in enumerate(responses) if ids is None or tags[i]]
         talks = [prompts[i].conversation for i in todo]
         rendered = [render(model.tokenizer, c.messages, prompt=True, **c.options) for c in talks]
-        asked = [(befores[i], tags[k][i]) for i in todo]
-        for i, ids in zip(todo, tokenize_after(model, rendered, asked, talks), strict=True):
-            befores[i] = befores[i] + ids
-        rendered = [text + tags[k][i] for text, i in zip(rendered, todo, strict=True)]
-        asked = [(befores[i], answers[i]) for i in todo]
-        for i, ids in zip(todo, tokenize_after(model, rendered, asked, talks), strict=True):
+        rendered = [before + tags[i] for before, i in zip(rendered, todo, strict=True)]
+        pieces = tokenize_after(model, rendered, [answers[i] for i in todo], talks)
+        for i, (before, ids) in zip(todo, pieces, strict=True):
+            befores[i] = before
             if responses[i] is None:
                 end = models[-1 if shared else k].end_ids[:1]
                 responses[i] = ids + end * completions[i].finished
         sides.append([with_response(*both) for both in zip(befores, responses, strict=True)])
+    if learn_tag:
+        sides[0] = [
+            with_response(prompt.student, tokens.ids[len(prompt.student) :])
+            for prompt, tokens in zip(prompts, sides[0], strict=True)
+        ]
     parts = zip(prompts, texts, sides[0], sides[-1], strict=True)
     return [
-        Example(i, prompt, text, *_cut(both, max_length, shared))
+        Example(i, prompt, text, *_cut(both, max_length, shared and not learn_tag))
         for i, (prompt, text, *both) in enumerate(parts)
     ]
 
@@ -2312,7 +2336,8 @@ def restore_own_files(student: LanguageModel, directory: Path) -> None:
     """Put the student's own tokenizer files in place of what this version of transformers made of
     them, and write configurations so that older versions can read them too."""
     for path in itertools.chain.from_iterable(map(student.directory.glob, OWN_FILES)):
-        shutil.copyfile(path, directory / path.name)
+        if path.is_file():
+            shutil.copyfile(path, directory / path.name)
     paths = [folder / "config.json" for folder in (student.directory, directory)]
     paths.append(directory / "tokenizer_config.json")
     own, config, tokenizer = (json.loads(path.read_text(encoding="utf-8")) for path in paths)

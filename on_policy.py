@@ -66,6 +66,10 @@ class Arguments(token_level.Arguments):
             raise common.UsageError("--rollout-steps must be 1 or more")
         if self.ce_weight and not self.reads_teacher_text:
             raise common.UsageError("--ce-weight is for the teacher's text, and --mix 1 has none")
+        text = {"sampling_temperature", "top_p", "completions"} & common.changed_flags(self).keys()
+        if text and not self.reads_teacher_text:
+            name = common.as_flag(min(text))
+            raise common.UsageError(f"{name} is for the teacher's text, and --mix 1 has none")
         unused = {"estimator", "rollout_temperature", "rollout_steps", "mix_warmup_steps"}
         if self.mix == 0 and (given := sorted(unused & common.changed_flags(self).keys())):
             name = common.as_flag(given[0])
@@ -185,9 +189,8 @@ class Rollouts:
             self._sample(step)
         sampled_at, answers = self.waiting.pop(step)
         prompts = common.global_batch(self.prompts, self.args, step)
-        return common.completion_examples(
-            prompts, answers, self.pair, self.args.max_length, by_student=True
-        ), {
+        limit = self.args.max_length
+        return common.completion_examples(prompts, answers, self.pair, limit, True), {
             "rollout/response_tokens": sum(a.length for a in answers) / len(answers),
             "rollout/cut_off": sum(not a.finished for a in answers) / len(answers),
             "rollout/staleness": step - sampled_at,
@@ -222,7 +225,9 @@ class Rollouts:
         tensors = load_file(Path(directory) / "rollouts.safetensors")
         self.waiting, ids = {}, iter(tensors["ids"].tolist())
         for step, sampled_at, finished, length in tensors["rows"].view(-1, 4).tolist():
-            answer = Completion("", bool(finished), length, list(itertools.islice(ids, length)))
+            written = list(itertools.islice(ids, length))
+            text = self.pair.student.tokenizer.decode(written[: length - finished])
+            answer = Completion(text, bool(finished), length, written)
             self.waiting.setdefault(step, (sampled_at, []))[1].append(answer)
 
 
@@ -297,9 +302,7 @@ class Evaluator(common.Evaluator):
         seeds = [common.row_seed(args.seed, "own text", e.index) for e in self.examples]
         written = common.generate(student, [p.student for p in prompts], seeds, args, 1.0)
         answers = [answer for _, answer in sorted(written)]
-        examples = common.completion_examples(
-            prompts, answers, self.pair, args.max_length, by_student=True
-        )
+        examples = common.completion_examples(prompts, answers, self.pair, args.max_length, True)
         tallies = {}
         for batch in common.length_batches(examples, lambda e: len(e.teacher.ids)):
             inputs = common.collate([e.student for e in batch], student.device)

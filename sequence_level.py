@@ -23,7 +23,6 @@ student does not learn from answers that the length limit cut, empty ones and re
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import importlib.util
 import json
 import os
@@ -150,11 +149,7 @@ def training_text(
         asked, args, temperature=args.sampling_temperature, top_p=args.top_p,
         purpose="training text",
     )  # fmt: skip
-    examples = common.completion_examples(asked, answers, pair, sys.maxsize)
-    for i, example in enumerate(examples):  # a tag that the teacher's prompt has opened is a target
-        ids, start = example.student.ids, len(example.prompt.student)
-        student = common.with_response(ids[:start], ids[start:])
-        examples[i] = dataclasses.replace(example, student=student)
+    examples = common.completion_examples(asked, answers, pair, sys.maxsize, learn_tag=True)
     return select(examples, answers, args)
 
 
@@ -177,7 +172,7 @@ def select(
             counts["cut_short"] += 1
         elif len(example.student.ids) > args.max_length:
             counts["too_long"] += 1
-        elif not answer.text.strip():
+        elif not answer.text.removeprefix(example.prompt.given[1]).strip():
             counts["empty"] += 1
         elif args.keep_matching and not matches(answer.text, conversation.references):
             counts["not_matching"] += 1

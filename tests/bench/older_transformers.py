@@ -45,7 +45,9 @@ def write(directory: str, length: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directories", nargs="+", help="final/ of runs")
-    parser.add_argument("--old-python", help="the interpreter of an environment with transformers 4")
+    parser.add_argument(
+        "--old-python", help="the interpreter of an environment with transformers 4"
+    )
     parser.add_argument("--length", type=int, default=48, help="tokens in an answer")
     args = parser.parse_args()
     if args.old_python is None:  # the other process
