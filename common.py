@@ -563,11 +563,12 @@ class LanguageModel:
         known = max(self.tokenizer.get_vocab().values()) + 1
         return min(known, self.config.get_text_config().vocab_size)
 
-    def check_ids(self, ids: list[int]) -> None:
-        """Refuse tokens that only the tokenizer knows, or only one model of a pair."""
+    def checked(self, ids: list[int]) -> list[int]:
+        """The ids; `UsageError` for tokens that the model or its pair lacks."""
         if max(ids, default=0) >= self.vocabulary:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
             raise UsageError(f"the text has the token {token}, which not every model has")
+        return ids
 
     @property
     def max_positions(self) -> int | None:
@@ -969,11 +970,10 @@ def opened_tag(tokenizer: Tokenizer, messages: list[Message], text: str, **optio
     tag = re.search(r"[<\[]\w+[>\]]\s*\Z", text)
     if tag is None or _control(tokenizer).fullmatch(tag[0].strip()):
         return ""
-    before = render(tokenizer, messages, **options)
+    cue = text.removeprefix(render(tokenizer, messages, **options))
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
     is_header = tag[0].strip() in render(tokenizer, turns, **options)
-    is_cue = text.startswith(before) and tag.start() >= len(before)
-    return tag[0] if is_cue and not is_header else ""
+    return tag[0] if len(tag[0]) <= len(cue) < len(text) and not is_header else ""
 
 
 def after_tag(answer: str, tag: str) -> str:
@@ -1033,35 +1033,20 @@ def tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], Spans]:
     return out.ids, [(places[a], places[b]) for a, b in out.offsets]
 
 
-def encode(model: LanguageModel, texts: list[str], talks: Sequence[Conversation]) -> list[Any]:
-    """The ids of rendered texts; `UsageError` names a conversation that the model cannot read."""
-    options = {"add_special_tokens": False, "verbose": False}
-    encoded = model.tokenizer(texts, **options)["input_ids"] if texts else []
-    for i, (text, talk) in enumerate(zip(texts, talks, strict=True)):
-        with usage_error(talk.source, UsageError):
-            if _MARK in text:
-                encoded[i] = tokenize(model.tokenizer, text)[0]
-            model.check_ids(encoded[i])
-    return encoded
-
-
 def tokenize_after(
-    model: LanguageModel, befores: list[str], texts: list[str], talks: Sequence[Conversation]
-) -> list[tuple[list[int], list[int]]]:
-    """The ids of rendered text and of the answer that follows it.
+    model: LanguageModel, before: str, before_ids: list[int], text: str
+) -> list[int]:
+    """The ids of text that follows rendered text.
 
-    An answer is tokenised after its prompt, because SentencePiece marks where text begins. If one
-    token would span the boundary, the answer is tokenised by itself, because at generation time the
-    model has read exactly the prompt's own tokens.
+    It is tokenised after that text, because SentencePiece marks where text begins. If one token
+    would span the boundary, it is tokenised by itself, because at generation time the model has
+    read exactly the prompt's own tokens.
     """
-    texts = [as_text(model.tokenizer, text) for text in texts]
-    starts = encode(model, befores, talks)
-    wholes = encode(model, [a + b for a, b in zip(befores, texts, strict=True)], talks)
-    pairs = []
-    for start, whole, text, talk in zip(starts, wholes, texts, talks, strict=True):
-        split = whole[: len(start)] == start and (len(whole) > len(start) or not text)
-        pairs.append((start, whole[len(start) :] if split else encode(model, [text], [talk])[0]))
-    return pairs
+    text, start = as_text(model.tokenizer, text), len(before_ids)
+    whole = tokenize(model.tokenizer, before + text)[0] if text else before_ids
+    if whole[:start] != before_ids or (text and len(whole) == start):
+        return model.checked(tokenize(model.tokenizer, text)[0])
+    return model.checked(whole[start:])
 
 
 def tokenize_conversation(model: LanguageModel, messages: list[Message], **options: Any) -> Tokens:
@@ -1074,7 +1059,6 @@ def tokenize_conversation(model: LanguageModel, messages: list[Message], **optio
     if spans and not _prints(text[slice(*spans[-1])], messages[-1]):
         spans = []
     ids, offsets = tokenize(model.tokenizer, text)
-    model.check_ids(ids)
     # Some tokenizers leave leading spaces out of offsets, so a token begins where the last ended.
     ends_before = [0, *(b for _, b in offsets[:-1])]
     begins = [min(a, last) for (a, _), last in zip(offsets, ends_before, strict=True)]
@@ -1090,7 +1074,7 @@ def tokenize_conversation(model: LanguageModel, messages: list[Message], **optio
     if inside and ids[inside[-1]] not in model.end_ids:
         ids = [*ids[: inside[-1] + 1], model.end_ids[0]]
         targets.append(len(ids) - 1)
-    return Tokens(ids, [i for i in targets if i > 0])
+    return Tokens(model.checked(ids), [i for i in targets if i > 0])
 
 
 def _prints(span: str, message: Message) -> bool:
@@ -1110,12 +1094,17 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
     """
 
     def read_by(model: LanguageModel) -> list[tuple[list[int], str]]:
-        texts, tags = [], []
+        texts, sides = [], []
         for c in conversations:
             with usage_error(c.source, UsageError):
                 texts.append(render(model.tokenizer, c.messages, prompt=True, **c.options))
-                tags.append(opened_tag(model.tokenizer, c.messages, texts[-1], **c.options))
-        return list(zip(encode(model, texts, conversations), tags, strict=True))
+        encoded = model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for c, text, ids in zip(conversations, texts, encoded, strict=True):
+            with usage_error(c.source, UsageError):
+                ids = tokenize(model.tokenizer, text)[0] if _MARK in text else ids
+                tag = opened_tag(model.tokenizer, c.messages, text, **c.options)
+                sides.append((model.checked(ids), tag))
+        return sides
 
     ours = theirs = read_by(pair.student)
     if pair.has_weights:
@@ -1162,44 +1151,31 @@ def completion_examples(
     opens (`Prompt.given`) follows the other's prompt; the student is to write it if `learn_tag`.
     """
     shared, models, writer = pair.same_vocabulary, pair[: 1 + pair.has_weights], int(not by_student)
-    texts, answers, written = [], [], []  # answers: what both models read as target
-    for prompt, completion in zip(prompts, completions, strict=True):
+    examples = []
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        talk = prompt.conversation
         text = completion.text if completion.ids else whole_answer(completion.text)
-        texts.append(prompt.given[0] + text if by_student else text)
-        left = [after_tag(texts[-1], tag) for tag in prompt.given[: len(models)]]
-        answers.append(min(left, key=len))
-        untouched = completion.ids and left[writer] == answers[-1]
-        written.append(completion.ids if untouched else None)
-    sides, responses = [], written
-    for k, model in enumerate(models):
-        if not shared:
-            responses = [ids if k == writer else None for ids in written]
-        befores = [prompt[1 + k] for prompt in prompts]
-        tags = [
-            after_tag(text, prompt.given[k]).removesuffix(answer)
-            for text, prompt, answer in zip(texts, prompts, answers, strict=True)
-        ]
-        todo = [i for i, ids in enumerate(responses) if ids is None or tags[i]]
-        talks = [prompts[i].conversation for i in todo]
-        rendered = [render(model.tokenizer, c.messages, prompt=True, **c.options) for c in talks]
-        rendered = [before + tags[i] for before, i in zip(rendered, todo, strict=True)]
-        pieces = tokenize_after(model, rendered, [answers[i] for i in todo], talks)
-        for i, (before, ids) in zip(todo, pieces, strict=True):
-            befores[i] = before
-            if responses[i] is None:
+        text = prompt.given[0] + text if by_student else text
+        left = [after_tag(text, tag) for tag in prompt.given[: len(models)]]
+        answer, sides = min(left, key=len), []  # the answer is what both have to write
+        written = completion.ids if completion.ids and left[writer] == answer else None
+        for k, model in enumerate(models):
+            ids, response = prompt[1 + k], written if shared or k == writer else None
+            if response is None or left[k] != answer:
+                with usage_error(talk.source, UsageError):
+                    before = render(model.tokenizer, talk.messages, prompt=True, **talk.options)
+                    tag = left[k].removesuffix(answer)
+                    ids = ids + tokenize_after(model, before, ids, tag)
+                    answer_ids = tokenize_after(model, before + tag, ids, answer)
                 end = models[-1 if shared else k].end_ids[:1]
-                responses[i] = ids + end * completions[i].finished
-        sides.append([with_response(*both) for both in zip(befores, responses, strict=True)])
-    if learn_tag:
-        sides[0] = [
-            with_response(prompt.student, tokens.ids[len(prompt.student) :])
-            for prompt, tokens in zip(prompts, sides[0], strict=True)
-        ]
-    parts = zip(prompts, texts, sides[0], sides[-1], strict=True)
-    return [
-        Example(i, prompt, text, *_cut(both, max_length, shared and not learn_tag))
-        for i, (prompt, text, *both) in enumerate(parts)
-    ]
+                response = response or answer_ids + end * completion.finished
+            written = response if shared else written
+            sides.append(with_response(ids, response))
+        if learn_tag:
+            sides[0] = with_response(prompt.student, sides[0].ids[len(prompt.student) :])
+        sides = _cut([sides[0], sides[-1]], max_length, shared and not learn_tag)
+        examples.append(Example(i, prompt, text, *sides))
+    return examples
 
 
 def dataset_examples(

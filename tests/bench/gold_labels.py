@@ -30,10 +30,11 @@ def gold_completions(teacher: LanguageModel, prompts: Sequence[Prompt]) -> list[
     """The data set's own answers in the teacher's tokens, as if the teacher had written them."""
     texts = [prompt.conversation.response["content"] for prompt in prompts]
     completions = [Completion(text, finished=True, length=0, ids=None) for text in texts]
-    talks = [prompt.conversation for prompt in prompts]
-    befores = [common.render(teacher.tokenizer, c.messages, prompt=True) for c in talks]
-    answers = [ids for _, ids in common.tokenize_after(teacher, befores, texts, talks)]
-    answers = [ids + teacher.end_ids[:1] for ids in answers]
+    answers = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        before = common.render(teacher.tokenizer, prompt.conversation.messages, prompt=True)
+        answers.append(common.tokenize_after(teacher, before, prompt.teacher, text))
+        answers[-1] += teacher.end_ids[:1]
     return [c._replace(ids=i, length=len(i)) for c, i in zip(completions, answers, strict=True)]
 
 
