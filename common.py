@@ -58,6 +58,7 @@ from accelerate.utils import LoggerType, broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as BackendTokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -75,7 +76,6 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.chat_template_utils import render_jinja_template
-from transformers.utils.hub import extract_commit_hash
 
 STARTED = time.perf_counter()  # for the seconds in results.json
 DATA = Path(__file__).resolve().parent / "data"
@@ -202,6 +202,8 @@ def check_arguments(args: CommonArguments) -> None:
     with usage_error("--template-kwargs", ValueError):
         if not isinstance(json.loads(args.template_kwargs), dict):
             raise ValueError("must be a JSON object")
+    changed = changed_flags(args).keys()
+    text = changed & {"top_p", "sampling_temperature"}
     trackers = ["none", *map(str, get_available_trackers())]
     for wrong, message in (
         (not 0 < args.top_p <= 1, f"--top-p must lie in (0, 1], not {args.top_p}"),
@@ -215,6 +217,28 @@ def check_arguments(args: CommonArguments) -> None:
             f'{", ".join(trackers)} (tensorboard: pip install -e ".[trackers]")',
         ),
         (not Path(args.chat_template or ".").exists(), f"--chat-template: no {args.chat_template}"),
+        (
+            args.overwrite and not args.output_dir,
+            "--overwrite needs --output-dir, the run to replace",
+        ),
+        (
+            "top_p" in text and not args.sampling_temperature,
+            "--top-p needs a --sampling-temperature",
+        ),
+        (
+            text and args.completions == "dataset",
+            "--sampling-temperature and --top-p are for the "
+            "teacher's text, not for --completions dataset",
+        ),
+        (args.revision != "main" and Path(args.student).is_dir(), "--revision is for hub models"),
+        (
+            args.teacher_revision != "main" and Path(args.teacher).is_dir(),
+            "--teacher-revision is for hub models",
+        ),
+        (
+            changed & {"dataset_config", "dataset_split"} and Path(args.dataset).is_file(),
+            "--dataset-config and --dataset-split are for hub data sets and directories",
+        ),
     ):
         if wrong:
             raise UsageError(message)
@@ -603,12 +627,14 @@ class LanguageModel:
     end_ids: list[int]  # every id that ends a response, first the one to finish a response with
     compute_dtype: torch.dtype
     device: torch.device
-    digest: str  # identifies weights, configuration and tokenizer
+    digest: str  # identifies weights, configuration, tokenizer, and what limits its vocabulary
     load: Callable[[LanguageModel], PreTrainedModel]
     states_dir: Path | None = None  # cache of its head and hidden states; None: not cached
     cached_head: Head | None = None  # used while the model is not loaded
     adapters: Any = None  # peft's wrapper of `model`, if LoRA is trained
     has_cache: bool = True  # False: generation reads the whole text for every token
+    directory: Path | None = None  # where its files lie
+    opens: str = ""  # the tag that its cue for an answer opens: see `opened_tag`
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
@@ -626,7 +652,15 @@ class LanguageModel:
     @functools.cached_property
     def vocabulary(self) -> int:
         """The number of ids that are tokens; rows of the head beyond them are padding."""
-        return max(self.tokenizer.get_vocab().values()) + 1
+        known = max(self.tokenizer.get_vocab().values()) + 1
+        return min(known, self.config.get_text_config().vocab_size)
+
+    def checked(self, ids: list[int]) -> list[int]:
+        """The ids; `UsageError` for tokens that the model or its pair lacks."""
+        if max(ids, default=0) >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise UsageError(f"the text has the token {token}, which not every model has")
+        return ids
 
     @property
     def max_positions(self) -> int | None:
@@ -719,28 +753,45 @@ class Pair(NamedTuple):
 
     @property
     def same_vocabulary(self) -> bool:
-        """Whether equal ids are equal tokens."""
-        vocabulary = self.student.tokenizer.get_vocab()
-        return self.has_weights and vocabulary == self.teacher.tokenizer.get_vocab()
+        """Whether equal ids are equal tokens, as far as both models have them."""
+        return self.has_weights and not self.different_tokens()
+
+    def different_tokens(self) -> list[str]:
+        """Tokens that one model lacks or has at another id, but for those added at the end."""
+        size = min(model.vocabulary for model in self)
+        return _different_tokens(*(model.tokenizer for model in self), size)
 
     def check_same_vocabulary(self) -> None:
-        """Refuse two vocabularies: divergences token by token compare ids."""
-        ours, theirs = (model.tokenizer.get_vocab() for model in self)
-        different = sorted({t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)})
-        if different:
+        """Refuse two vocabularies: divergences token by token compare the ids that both have."""
+        if different := self.different_tokens():
             raise UsageError(
                 f"the vocabularies of {self.student.name} and {self.teacher.name} differ in "
                 f"{len(different)} tokens (one is {different[0]!r}): use cross_tokenizer.py"
             )
+        self.student.vocabulary = self.teacher.vocabulary = min(m.vocabulary for m in self)
 
 
-def end_of_turn_ids(tokenizer: Tokenizer, *configs: Any) -> list[int]:
-    """The ids that end a response: first the special token that the chat template prints after an
-    answer, then the end tokens of tokenizer and configurations."""
-    turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
-    after = tokenize(tokenizer, render(tokenizer, turns).rpartition("answer")[2])[0]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids = [i for i in after if i in special][:1]
+@functools.lru_cache(maxsize=8)
+def _different_tokens(student: Tokenizer, teacher: Tokenizer, size: int) -> list[str]:
+    ours, theirs = (
+        {(token, i) for token, i in t.get_vocab().items() if i < size or i not in added}
+        for t, added in ((t, t.added_tokens_decoder) for t in (student, teacher))
+    )
+    return sorted({token for token, _ in ours ^ theirs})
+
+
+def end_of_turn_ids(tokenizer: Tokenizer, *configs: Any, **options: Any) -> list[int]:
+    """The ids that end a response: first the added token, if possible a special one, that the chat
+    template prints after an answer, then the end tokens of tokenizer and configurations."""
+    texts = []
+    for word in ("ab", "cd"):  # a template may change an answer, or hold its letters itself
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": word}]
+        texts.append(render(tokenizer, turns, **options)[::-1])
+    pairs = enumerate(zip(*texts, strict=False))
+    common = next((n for n, (a, b) in pairs if a != b), 0)
+    after, added = texts[0][:common][::-1], tokenizer.added_tokens_decoder
+    ids = [i for i in tokenize(tokenizer, after)[0] if i in added and added[i].content.strip()]
+    ids = sorted(ids, key=lambda i: not added[i].special)[:1]
     for end in (tokenizer.eos_token_id, *(getattr(c, "eos_token_id", None) for c in configs)):
         ids += end if isinstance(end, list) else [] if end is None else [end]
     return list(dict.fromkeys(ids))
@@ -750,10 +801,12 @@ def load_tokenizer(name: str, revision: str, template_file: str | None) -> Token
     """A fast tokenizer with its own chat template, or with the one in `template_file`."""
     with usage_error(f"no usable tokenizer in {name}", *LOADING_ERRORS):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        if template_file:
+            tokenizer.chat_template = _read_text(template_file)
+        if tokenizer.chat_template:
+            tokenizer.get_chat_template()  # refuses named templates without a default
     if not tokenizer.is_fast:
         raise UsageError(f"{name} has no fast tokenizer; character offsets are needed for masks")
-    if template_file:
-        tokenizer.chat_template = _read_text(template_file)
     return tokenizer
 
 
@@ -779,8 +832,9 @@ def open_model(
         digest = digest_of_model(name, revision)
         with contextlib.suppress(OSError):  # most models have this file, none needs it
             generation_config = GenerationConfig.from_pretrained(name, revision=revision)
-    ends = end_of_turn_ids(tokenizer, config.get_text_config(), generation_config)
-    if not ends:
+    text_config, options = config.get_text_config(), json.loads(args.template_kwargs)
+    ends = end_of_turn_ids(tokenizer, text_config, generation_config, **options)
+    if not (ends := [i for i in ends if i < text_config.vocab_size]):
         raise UsageError(f"{name}: neither its chat template nor its tokenizer has an end token")
 
     def load(model: LanguageModel) -> PreTrainedModel:
@@ -789,6 +843,8 @@ def open_model(
 
     compute = getattr(torch, dtype)
     model = LanguageModel(name, tokenizer, config, ends, compute, device, digest, load)
+    model.directory = directory_of_model(name, revision)
+    model.opens = opened_tag(tokenizer, **options)
     if model.max_positions and args.max_length > model.max_positions:
         raise UsageError(
             f"--max-length {args.max_length}: {name} reads at most {model.max_positions} tokens"
@@ -832,7 +888,7 @@ def check_head(model: LanguageModel) -> None:
     if layer is None or not hasattr(layer, "weight"):
         raise UsageError(f"{model.name} has no output embeddings, so its head cannot be chunked")
     if (rows := len(layer.weight)) < size:
-        raise UsageError(f"{model.name}: the tokenizer knows {size} ids, the model {rows}")
+        raise UsageError(f"{model.name}: its config.json tells {size} ids, its head has {rows}")
     ids = torch.arange(min(8, size), device=model.device)[None]
     dtype = model.model.dtype
     with torch.no_grad(), usage_error(f"{model.name} cannot be used", RuntimeError):
@@ -858,7 +914,7 @@ def cache_is_exact(model: LanguageModel) -> bool:
     """
     ids = [1 + 7 * i % (model.vocabulary - 1) for i in range(25)]
     prompts, responses = [ids[:3], ids[3:12]], [[*ids[12:15], 0], ids[15:]]
-    batch = collate(list(map(_with_response, prompts, responses)), model.device)
+    batch = collate(list(map(with_response, prompts, responses)), model.device)
     draws = nn.utils.rnn.pad_sequence([torch.tensor(r).double() for r in responses], True)
     steps = []
 
@@ -942,23 +998,42 @@ def load_pair(args: CommonArguments, device: torch.device) -> Pair:
     """Student and teacher; the teacher's weights are loaded only if its head is not cached."""
     teacher = open_model(args, device, "teacher")
     student = load_student(args, device, teacher.tokenizer.chat_template)
+    pair = Pair(student, teacher)
+    share_tag(pair)
+    if pair.same_vocabulary:  # the student reads the teacher's ids, its end tokens included
+        student.end_ids = list(dict.fromkeys(student.end_ids + teacher.end_ids))
+        if student.vocabulary < teacher.vocabulary:
+            teacher.vocabulary = student.vocabulary
+            teacher.digest += f"-{teacher.vocabulary}"
     if args.cache_teacher:
         dtype = str(teacher.compute_dtype).removeprefix("torch.")
         teacher.states_dir = Path(args.cache_dir) / "states" / f"{teacher.digest}-{dtype}"
         if (path := teacher.states_dir / "head.safetensors").exists():
             teacher.cached_head = Head(**read_tensors(path, device))
     _ = teacher.cached_head or teacher.model  # loaded now, as the student
-    return Pair(student, teacher)
+    return pair
+
+
+def directory_of_model(name: str, revision: str) -> Path:
+    """The model's directory, or that of a hub model's commit."""
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(cached_file(name, "config.json", revision=revision)).parent
 
 
 def digest_of_model(name: str, revision: str) -> str:
-    """Identifies weights, configuration and tokenizer: a hub model's commit, or name, size and time
-    of change of a directory's files, because hashing weights takes longer than loading them."""
+    """Identifies weights, configuration and tokenizer: a hub model's commit, or the content of a
+    directory's files; of weights name, size and time of change, because hashing them takes longer
+    than loading them."""
+    directory, parts = directory_of_model(name, revision), []
     if not Path(name).is_dir():
-        config = cached_file(name, "config.json", revision=revision)
-        return f"{row_seed(name, extract_commit_hash(config, None)):016x}"
-    files = [f for f in sorted(Path(name).iterdir()) if f.suffix in MODEL_FILES]
-    return f"{row_seed([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]):016x}"
+        return f"{row_seed(name, directory.name):016x}"
+    for f in sorted(directory.iterdir()):
+        if f.suffix == ".safetensors":
+            parts.append((f.name, f.stat().st_size, f.stat().st_mtime_ns))
+        elif f.suffix in MODEL_FILES:
+            parts.append((f.name, hashlib.sha256(f.read_bytes()).hexdigest()))
+    return f"{row_seed(parts):016x}"
 
 
 # ----------------------------------------------------------------------------- tokens and masks
@@ -984,6 +1059,7 @@ class Prompt(NamedTuple):
     conversation: Conversation
     student: list[int]
     teacher: list[int]
+    given: str = ""  # the beginning of the answer that the prompts end in: see `opened_tag`
 
 
 class Completion(NamedTuple):
@@ -1018,6 +1094,36 @@ class Batch(NamedTuple):
     targets: Tensor  # (N,)
 
 
+# Stands inside the names of control tokens that are text. No text contains this noncharacter.
+_MARK = "\ufdd0"
+
+
+@functools.lru_cache(maxsize=8)
+def _control(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """The names of control tokens. Reasoning tags are none: in text they are meant as tokens."""
+    tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    names = [t for t in tokens if len(t) > 1 and "think" not in t.lower()]
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def as_text(tokenizer: Tokenizer, value: Any) -> Any:
+    """The value, with a mark in each control token's name in its strings: see `tokenize`."""
+    if isinstance(value, str):
+        return _control(tokenizer).sub(lambda m: m[0][0] + _MARK + m[0][1:], value)
+    if isinstance(value, dict):
+        return {key: as_text(tokenizer, v) for key, v in value.items()}
+    return [as_text(tokenizer, v) for v in value] if isinstance(value, list) else value
+
+
+@functools.lru_cache(maxsize=8)
+def _text_tokenizer(tokenizer: Tokenizer) -> BackendTokenizer:
+    """A copy that knows control tokens only with a mark before their names."""
+    state = tokenizer.backend_tokenizer.to_str()
+    names = f'"({_control(tokenizer).pattern})"'
+    return BackendTokenizer.from_str(re.sub(names, f'"{_MARK}\\1"', state))
+
+
 def render(
     tokenizer: Tokenizer, messages: list[Message], *, prompt: bool = False, **options: Any
 ) -> str:
@@ -1027,14 +1133,72 @@ def render(
 
 def _render(tokenizer: Tokenizer, messages: list[Message], **options: Any) -> tuple[str, Spans]:
     """The text, and the spans of it that `{% generation %}` marks if they are asked for."""
+    messages, options = as_text(tokenizer, messages), as_text(tokenizer, options)
     # A template may raise whatever it likes.
     with usage_error("the chat template refuses a conversation", Exception):
         texts, spans = render_jinja_template(
             [messages],
-            chat_template=_FIXED_CLOCK + tokenizer.chat_template,
+            chat_template=_FIXED_CLOCK + tokenizer.get_chat_template(tools=options.get("tools")),
             **{"date_string": FIXED_DATE, **tokenizer.special_tokens_map, **options},
         )
     return texts[0], spans[0] if spans else []
+
+
+def opened_tag(tokenizer: Tokenizer, **options: Any) -> str:
+    """The tag that the cue for an answer opens, with the white space after it: `<think>`.
+
+    "" if the cue ends in none, or in one that begins every answer, as a role's name may.
+    """
+    asked, turns = (
+        [{"role": role, "content": "x"} for role in roles]
+        for roles in (["user"], ["user", "assistant", "user"])
+    )
+    prompt = render(tokenizer, asked, prompt=True, **options)
+    cue = prompt.removeprefix(render(tokenizer, asked, **options))
+    tag = re.search(r"[<\[]\w+[>\]]\s*\Z", cue)
+    if tag is None or tag[0].strip() in render(tokenizer, turns, **options):
+        return ""
+    return tag[0]
+
+
+def share_tag(pair: Pair) -> None:
+    """Where one model's cue opens a tag, the other's opens it too, so that both read one answer.
+
+    Raises `UsageError` if the teacher does not know the tag.
+    """
+    for model, other in (pair, pair[::-1]):
+        if not other.opens or model.opens.strip() == other.opens.strip():
+            continue
+        templates = model.tokenizer.chat_template
+        known = other.opens.strip() in json.dumps(templates) or model is pair.student
+        if model.opens or not known:
+            raise UsageError(
+                f"the cue of {other.name} for an answer opens {other.opens!r}, which {model.name} "
+                "does not write: give both one --chat-template"
+            )
+        cue = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(other.opens)} }}}}{{% endif %}}"
+        model.opens, added = other.opens, lambda text, cue=cue: text.removesuffix("\n") + cue
+        model.tokenizer.chat_template = (
+            {name: added(text) for name, text in templates.items()}
+            if isinstance(templates, dict)
+            else added(templates)
+        )
+        PartialState().print(f"{model.name}: its chat template opens {model.opens!r} from now on")
+
+
+def after_tag(answer: str, tag: str) -> str:
+    """What is left to write of an answer after a prompt that has opened this tag."""
+    if answer.startswith(tag):
+        return answer[len(tag) :]
+    if answer.startswith(tag.strip()):
+        return answer[len(tag.strip()) :].lstrip()
+    return f"\n{tag[0]}/{tag.strip()[1:]}\n\n{answer}"  # an answer without reasoning
+
+
+def whole_answer(text: str) -> str:
+    """The text of an API or a row; if the cue that it followed had opened `<think>`, with that."""
+    reasoning, closed, _ = text.partition("</think>")
+    return f"<think>\n{text}" if closed and "<think>" not in reasoning else text
 
 
 def assistant_spans(
@@ -1044,9 +1208,10 @@ def assistant_spans(
 
     They come from the template's `{% generation %}` marks, else from rendering every prefix. Some
     templates rewrite earlier turns (they drop reasoning, for example), so that a prefix rendered
-    alone is not a prefix of the whole. Then the spans cannot be located: `UsageError`.
+    alone is not a prefix of the whole. Then there is only the last turn's span, or none.
     """
-    if "generation" in tokenizer.chat_template.replace("add_generation_prompt", ""):
+    template = tokenizer.get_chat_template(tools=options.get("tools"))
+    if "generation" in template.replace("add_generation_prompt", ""):
         text, spans = _render(tokenizer, messages, return_assistant_tokens_mask=True, **options)
         if spans:
             return text, spans
@@ -1057,32 +1222,61 @@ def assistant_spans(
         if message["role"] == "assistant" and asked:
             before = render(tokenizer, messages[:i], prompt=True, **options)
             after = render(tokenizer, messages[: i + 1], **options)
-            if not (
-                text.startswith(before) and text.startswith(after) and len(before) < len(after)
-            ):
-                raise UsageError(
-                    f"the chat template rewrites earlier turns, so assistant turn {i + 1} cannot "
-                    "be located: use --completions teacher, or a template with generation marks"
-                )
-            spans.append((len(before), len(after)))
-    return text, spans
+            located = text.startswith(before) and text.startswith(after)
+            spans.append((len(before), len(after)) if located else (0, 0))
+    return text, [(a, b) for a, b in spans[0 if all(b for _, b in spans) else -1 :] if a < b]
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], Spans]:
-    """Ids and character offsets of rendered text, which contains its special tokens already."""
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return out["input_ids"], out["offset_mapping"]
+    """Ids and character offsets of rendered text, which contains its special tokens already.
+
+    The names that `as_text` has marked are encoded as text, without their marks.
+    """
+    if _MARK not in text:
+        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return out["input_ids"], out["offset_mapping"]
+    plain, places = "", []
+    for part in re.finditer(f"{_control(tokenizer).pattern}|.", text, re.DOTALL):
+        name = "" if part[0] == _MARK else _MARK * (len(part[0]) > 1) + part[0]
+        plain, places = plain + name, places + [part.start()] * len(name)
+    with usage_error("the tokenizer cannot encode control tokens as text", Exception):
+        out = _text_tokenizer(tokenizer).encode(plain, add_special_tokens=False)
+    places.append(len(text))
+    return out.ids, [(places[a], places[b]) for a, b in out.offsets]
+
+
+def tokenize_answer(
+    model: LanguageModel, talk: Conversation, prompt_ids: list[int], text: str
+) -> list[int]:
+    """The ids of an answer that another model wrote.
+
+    It is tokenised after its prompt, because SentencePiece marks where text begins. If one token
+    would span the boundary, it is tokenised by itself, because at generation time the model has
+    read exactly the prompt's own tokens.
+    """
+    before = render(model.tokenizer, talk.messages, prompt=True, **talk.options)
+    text, start = as_text(model.tokenizer, text), len(prompt_ids)
+    ids = tokenize(model.tokenizer, before + text)[0]
+    if ids[:start] != prompt_ids or (text and len(ids) == start):
+        return model.checked(tokenize(model.tokenizer, text)[0])
+    return model.checked(ids[start:])
 
 
 def tokenize_conversation(model: LanguageModel, messages: list[Message], **options: Any) -> Tokens:
-    """The conversation; all tokens of assistant turns are targets, end-of-turn tokens included."""
+    """The conversation; all tokens of assistant turns are targets, end-of-turn tokens included.
+
+    If the template prints no end after the last turn, the model's own is appended. If it does not
+    print the last turn as it is, there are no targets.
+    """
     check_printed(model, messages, "tool_calls", "reasoning_content", **options)
     text, spans = assistant_spans(model.tokenizer, messages, **options)
+    if spans and not _prints(text[slice(*spans[-1])], messages[-1]):
+        spans = []
     ids, offsets = tokenize(model.tokenizer, text)
     # Some tokenizers leave leading spaces out of offsets, so a token begins where the last ended.
     ends_before = [0, *(b for _, b in offsets[:-1])]
     begins = [min(a, last) for (a, _), last in zip(offsets, ends_before, strict=True)]
-    targets = []
+    targets, inside = [], []
     for start, stop in spans:
         inside = [i for i, begin in enumerate(begins) if start <= begin < stop]
         ends = [i for i in inside if ids[i] in model.end_ids]
@@ -1091,7 +1285,19 @@ def tokenize_conversation(model: LanguageModel, messages: list[Message], **optio
         elif inside and inside[-1] + 1 < len(ids) and ids[inside[-1] + 1] in model.end_ids:
             inside.append(inside[-1] + 1)
         targets += inside
-    return Tokens(ids, [i for i in targets if i > 0])
+    if inside and ids[inside[-1]] not in model.end_ids:
+        ids = [*ids[: inside[-1] + 1], model.end_ids[0]]
+        targets.append(len(ids) - 1)
+    return Tokens(model.checked(ids), [i for i in targets if i > 0])
+
+
+def _prints(span: str, message: Message) -> bool:
+    """Whether the rendered turn holds the message's text, but for white space and a tag at its
+    beginning, which the prompt may hold."""
+    texts = message.get("content"), message.get("reasoning_content")
+    texts = [re.sub(r"^\s*[<\[]\w+[>\]]", "", t) for t in texts if isinstance(t, str)]
+    span, *texts = ("".join(t.split()) for t in (span.replace(_MARK, ""), *texts))
+    return all(t in span for t in texts)
 
 
 def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) -> list[Prompt]:
@@ -1101,9 +1307,9 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
     For an API teacher, which tokenises for itself, both fields hold the student's ids.
     """
 
-    def ids_for(model: LanguageModel) -> list[list[int]]:
-        texts, unused = [], Counter()
-        words = set(re.findall(r"\w+", model.tokenizer.chat_template))
+    def read_by(model: LanguageModel) -> list[tuple[list[int], str]]:
+        texts, unused, sides = [], Counter(), []
+        words = set(re.findall(r"\w+", json.dumps(model.tokenizer.chat_template)))
         words |= {"reasoning_content"} if "thinking" in words else set()  # its other name
         for c in conversations:
             with usage_error(c.source, UsageError, TypeError):  # TypeError: a reserved option
@@ -1114,15 +1320,21 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
         if unused:
             title = f"the chat template of {model.name} does not use, by rows"
             PartialState().print(f"{title}: {dict(unused)}")
-        return model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for c, text, ids in zip(conversations, texts, encoded, strict=True):
+            with usage_error(c.source, UsageError):
+                ids = tokenize(model.tokenizer, text)[0] if _MARK in text else ids
+                sides.append((model.checked(ids), model.opens * text.endswith(model.opens)))
+        return sides
 
-    ours = theirs = ids_for(pair.student)
+    ours = theirs = read_by(pair.student)
     if pair.has_weights:
-        templates = {model.tokenizer.chat_template for model in pair}
-        if len(templates) > 1 or not pair.same_vocabulary:
-            theirs = ids_for(pair.teacher)
-    parts = zip(conversations, ours, theirs, strict=True)
-    prompts = [Prompt(*p) for p in parts if all(0 < len(ids) < limit for ids in p[1:])]
+        templates = [model.tokenizer.chat_template for model in pair]
+        if templates[0] != templates[1] or not pair.same_vocabulary:
+            theirs = read_by(pair.teacher)
+    sides = zip(conversations, ours, theirs, strict=True)
+    prompts = [Prompt(c, ids, their_ids, given) for c, (ids, given), (their_ids, _) in sides]
+    prompts = [p for p in prompts if all(0 < len(ids) < limit for ids in (p.student, p.teacher))]
     left_out = f"{len(conversations) - len(prompts)} of {len(conversations)} prompts"
     if not prompts:
         raise UsageError(f"{left_out} do not fit into --max-length {limit}")
@@ -1157,68 +1369,78 @@ def completion_examples(
     With one vocabulary both models read the generated ids. Otherwise the student tokenises the text
     itself, and its tokens stand in for those of an API teacher.
     """
-    shared = pair.same_vocabulary
-    if not shared:
-        ours = tokenize_completions(pair.student, prompts, completions)
-    examples = []
+    shared, examples = pair.same_vocabulary, []
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        response = completion.ids if shared else ours[i]
-        sides = [_with_response(prompt.student, response)] * 2
-        if pair.has_weights:
-            sides[1] = _with_response(prompt.teacher, completion.ids)
-        examples.append(Example(i, prompt, completion.text, *_cut(sides, max_length, shared)))
+        text, written, sides = completion.text, completion.ids, []
+        if written is None:  # by an API or in a data set, where answers are whole
+            text = after_tag(whole_answer(text), prompt.given)
+        for model, ids in zip(pair, (prompt.student, prompt.teacher), strict=True):
+            if isinstance(model, LanguageModel):
+                response = written if shared or model is pair.teacher else None
+                if response is None:
+                    with usage_error(prompt.conversation.source, UsageError):
+                        response = tokenize_answer(model, prompt.conversation, ids, text)
+                    response = response + model.end_ids[:1] * bool(completion.finished)
+                written = response if shared else written
+                sides.append(with_response(ids, response))
+        sides = _cut([sides[0], sides[-1]], max_length, shared)
+        examples.append(Example(i, prompt, prompt.given + text, *sides))
     return examples
-
-
-def tokenize_completions(
-    model: LanguageModel, prompts: Sequence[Prompt], completions: Sequence[Completion]
-) -> list[list[int]]:
-    """The model's own response ids for text that another model wrote.
-
-    A text is tokenised after its prompt, because SentencePiece marks where text begins. If one
-    token would span the boundary between prompt and answer, the answer is tokenised by itself,
-    because at generation time the model has read exactly the prompt's own tokens.
-    """
-    talks = [p.conversation for p in prompts]
-    rendered = [render(model.tokenizer, c.messages, prompt=True, **c.options) for c in talks]
-    texts = [before + c.text for before, c in zip(rendered, completions, strict=True)]
-    encode = functools.partial(model.tokenizer, add_special_tokens=False, verbose=False)
-    responses = []
-    for prompt, completion, ids in zip(prompts, completions, encode(texts).input_ids, strict=True):
-        start = len(prompt.student)
-        response = ids[start:]
-        if ids[:start] != prompt.student or (completion.text and not response):
-            response = encode(completion.text).input_ids
-        responses.append(response + model.end_ids[:1] * bool(completion.finished))
-    return responses
 
 
 def dataset_examples(
     prompts: list[Prompt], pair: Pair, max_length: int
 ) -> tuple[list[Example], int]:
-    """Examples on the data set's own responses, and how many of those were cut to fit."""
+    """Examples on the data set's own responses, and how many of those were cut to fit.
+
+    A response that the template does not print as it is follows the prompt as a completion does.
+    """
     examples, cut, shared = [], 0, pair.same_vocabulary or not pair.has_weights
+    last_only = 0  # conversations with earlier answers that cannot be located
     for i, prompt in enumerate(prompts):
-        conversation = prompt.conversation
-        turns = [*conversation.messages, conversation.response]
+        conversation, response = prompt.conversation, prompt.conversation.response
+        if isinstance(response["content"], str):
+            response = response | {"content": whole_answer(response["content"])}
+        turns = [*conversation.messages, response]
         with usage_error(conversation.source, UsageError):
             sides = [tokenize_conversation(pair.student, turns, **conversation.options)] * 2
-            if prompt.student is not prompt.teacher:  # templates or vocabularies differ
+            if pair.has_weights and prompt.student is not prompt.teacher:  # they read differently
                 sides[1] = tokenize_conversation(pair.teacher, turns, **conversation.options)
+            if not all(side.targets for side in sides):
+                answer = Completion(_unrendered(response), True, 0, None)
+                (example,) = completion_examples([prompt], [answer], pair, sys.maxsize)
+                sides = [example.student, example.teacher]
         answers = [[side.ids[i] for i in side.targets] for side in sides]
         if shared and answers[0] != answers[1]:
             raise UsageError(
                 f"{conversation.source}: the templates of the two models split the response "
                 "differently: use --completions teacher"
             )
+        earlier = any(turn["role"] == "assistant" for turn in conversation.messages)
+        last_only += earlier and sides[0].targets[0] >= len(prompt.student) - 1
         ours, theirs = _cut(sides, max_length, shared)
         cut += len(ours.targets) < len(answers[0])
         if ours.targets:
-            examples.append(Example(i, prompt, conversation.response["content"], ours, theirs))
+            examples.append(Example(i, prompt, response["content"], ours, theirs))
+    if last_only:
+        PartialState().print(
+            f"of {last_only} of {len(prompts)} conversations only the last answer is learned: a "
+            "chat template rewrites earlier turns"
+        )
     return examples, cut
 
 
-def _with_response(prompt_ids: list[int], response_ids: list[int]) -> Tokens:
+def _unrendered(response: Message) -> str:
+    """A response as a model would write it; `UsageError` for parts that only a template prints."""
+    if others := {k for k, v in response.items() if v} - {"role", "content", "reasoning_content"}:
+        raise UsageError(f"the chat template does not print {', '.join(sorted(others))} as given")
+    reasoning = response.get("reasoning_content")
+    text = response["content"] or ""
+    return f"<think>\n{reasoning.strip()}\n</think>\n\n{text}" if reasoning else text
+
+
+def with_response(prompt_ids: list[int], response_ids: list[int]) -> Tokens:
+    """Tokens of a prompt and its response, of which every token is a target."""
     ids = prompt_ids + response_ids
     return Tokens(ids, list(range(len(prompt_ids), len(ids))))
 
@@ -1820,7 +2042,6 @@ class Evaluator:
         prompts, greedy, samples = zip(*rows, strict=True)
         self.args, self.student = args, pair.student
         self.comparable = pair.same_vocabulary  # then the student reads the teacher's ids
-        self.shared_ends = teacher.end_ids if self.comparable else []
         self.references = [
             p.conversation.references or [c.text] for p, c in zip(prompts, greedy, strict=True)
         ]
@@ -1872,7 +2093,6 @@ class Evaluator:
         teacher: Logits | None,
     ) -> None:  # fmt: skip
         """Add a model's likelihoods of the teacher's samples."""
-        ends = {*model.end_ids, *self.shared_ends}
         sides = [e.student if model is self.student else e.teacher for e in batch]
         targets = collate(sides, model.device).targets
         values = compare(logits, targets, teacher if self.comparable else None)
@@ -1884,7 +2104,7 @@ class Evaluator:
             tally |= {"tokens": counts[j], "nats": -logprobs[j].sum().item()}
             # The text alone, without its end token; decoded after the prompt, because some
             # tokenizers strip what text begins with.
-            count = counts[j] - bool(side.targets and side.ids[-1] in ends)
+            count = counts[j] - bool(side.targets and side.ids[-1] in model.end_ids)
             start = len(side.ids) - counts[j]
             texts = side.ids[:start], side.ids[: start + count]
             before, after = (len(model.tokenizer.decode(ids).encode()) for ids in texts)
@@ -1906,6 +2126,8 @@ def compare(student: Logits, targets: Tensor, teacher: Logits | None = None) -> 
         values = {"logprob": logprobs.gather(1, targets[rows, None])[:, 0]}
         if teacher is not None:
             theirs = log_softmax_with_temperature(teacher[rows])
+            if logprobs.shape[1] > theirs.shape[1]:  # only the ids that both have
+                logprobs = log_softmax_with_temperature(logprobs[:, : theirs.shape[1]])
             values["agree"] = (logprobs.argmax(-1) == theirs.argmax(-1)).float()
             values["kl"], _ = divergence(logprobs, theirs, Objective())  # overwrites both
         parts.append(values)
@@ -2318,7 +2540,39 @@ def save_student(student: LanguageModel, directory: Path, card: str, **options: 
         student.adapters.merge_and_unload()
     student.model.save_pretrained(directory, **options)
     student.tokenizer.save_pretrained(directory)
+    restore_own_files(student, directory)
     (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+# What a tokenizer or processor consists of, but for chat templates.
+OWN_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+             "*.model", "*.tiktoken", "tekken.json", "*processor_config.json")  # fmt: skip
+
+
+def restore_own_files(student: LanguageModel, directory: Path) -> None:
+    """Put the student's own tokenizer files in place of what this version of transformers made of
+    them, and write configurations so that older versions can read them too."""
+    for path in itertools.chain.from_iterable(map(student.directory.glob, OWN_FILES)):
+        if path.is_file():
+            shutil.copyfile(path, directory / path.name)
+    paths = [folder / "config.json" for folder in (student.directory, directory)]
+    paths.append(directory / "tokenizer_config.json")
+    own, config, tokenizer = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    config = own | config | {"torch_dtype": config.get("dtype")}
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        scaling = None if rope.get("rope_type") == "default" else rope
+        config |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+    write_json(directory / "config.json", config)
+    template = student.tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    tokenizer["chat_template"] = template
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(tokenizer.get("extra_special_tokens"), list):
+        tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+    write_json(directory / "tokenizer_config.json", tokenizer)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -2329,7 +2583,7 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(part, path)
 
 
-def as_text(table: pandas.DataFrame) -> str:
+def table_text(table: pandas.DataFrame) -> str:
     return table.to_string(float_format="{:.4f}".format, na_rep="–")
 
 
@@ -2338,7 +2592,7 @@ def results_table(results: dict[str, Any]) -> str:
     table = pandas.DataFrame({name: results[name] for name in ("teacher", "before", "after")})
     shares = pandas.Series(results["gap_recovered"], dtype=float).map("{:.1%}".format)
     table["gap recovered"] = shares
-    return as_text(table.reindex(list(results["after"])))
+    return table_text(table.reindex(list(results["after"])))
 
 
 def draw_curves(directories: Sequence[Path], target: Path) -> None:
@@ -2378,7 +2632,7 @@ def compare_runs(paths: Iterable[str]) -> None:
     table = pandas.DataFrame([r["after"] for r in results], names).reindex(columns=columns)
     table["gap (exact)"] = [r["gap_recovered"].get("exact_match") for r in results]
     table["seconds"] = [f"{r['seconds']:.0f}" for r in results]
-    print(as_text(table))
+    print(table_text(table))
     picture = runs[0].parent / "comparison.png"
     draw_curves(runs, picture)
     if picture.exists():

@@ -82,6 +82,8 @@ class Arguments(CommonArguments):
                 f"--top-k {self.top_k} must be at least 2 and at most {smallest.vocabulary}, the "
                 f"vocabulary of {smallest.name}"
             )
+        if self.loss != "uld" and "top_k" in common.changed_flags(self):
+            raise common.UsageError("--top-k applies to --loss uld")
         weight = float(self.loss == "uld") if self.ce_weight is None else self.ce_weight
         return Objective(self.loss, self.top_k, self.temperature, weight)
 
@@ -127,14 +129,14 @@ def token_bytes(model: LanguageModel) -> list[bytes]:
             return bytes.fromhex(token[3:5])
         return (token if byte_level or steps == {"Fuse"} else token.replace("▁", " ")).encode()
 
-    result = [b""] * model.vocabulary
+    result = [b""] * (max(tokenizer.get_vocab().values()) + 1)
     for token, i in tokenizer.get_vocab().items():
         result[i] = as_bytes(token)
     for i, added in tokenizer.added_tokens_decoder.items():
         result[i] = (END if added.special else b"") + added.content.encode()
     for i in model.end_ids:
         result[i] = END
-    return result
+    return result[: model.vocabulary]
 
 
 class Vocabulary:

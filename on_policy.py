@@ -66,6 +66,10 @@ class Arguments(token_level.Arguments):
             raise common.UsageError("--rollout-steps must be 1 or more")
         if self.ce_weight and not self.reads_teacher_text:
             raise common.UsageError("--ce-weight is for the teacher's text, and --mix 1 has none")
+        text = {"sampling_temperature", "top_p", "completions"} & common.changed_flags(self).keys()
+        if text and not self.reads_teacher_text:
+            name = common.as_flag(min(text))
+            raise common.UsageError(f"{name} is for the teacher's text, and --mix 1 has none")
         unused = {"estimator", "rollout_temperature", "rollout_steps", "mix_warmup_steps"}
         if self.mix == 0 and (given := sorted(unused & common.changed_flags(self).keys())):
             name = common.as_flag(given[0])

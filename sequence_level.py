@@ -131,7 +131,7 @@ def training_text(
     Also how many answers were written, kept, and dropped for each reason.
     """
     if args.completions == "dataset":
-        return common.make_examples(prompts, pair, args), {}
+        return common.make_examples(prompts, common.Pair(pair.student, None), args), {}
     if args.keep_matching and (bare := next((c for c in train if not c.references), None)):
         raise UsageError(f"{bare.source}: no reference that --keep-matching could compare with")
     asked = [p for p in prompts for _ in range(args.samples_per_prompt)]

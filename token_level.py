@@ -48,6 +48,8 @@ class Arguments(CommonArguments):
             )
         if not 0 <= self.skew < 1:
             raise common.UsageError("--skew must lie in [0, 1)")
+        if self.jsd_beta != 0.5 and self.kl != "jsd":
+            raise common.UsageError("--jsd-beta applies to --kl jsd")
         if self.skew and self.kl == "jsd":
             raise common.UsageError("--skew applies to --kl forward and reverse, not to jsd")
         return Objective(self.kl, self.jsd_beta, self.skew, self.temperature, self.ce_weight)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 import common
 import cross_tokenizer
@@ -106,8 +106,9 @@ def wrapped(raw: Tokenizer, bos: bool, end: str) -> LanguageModel:
 
 
 def without_weights(name: str, tokenizer: PreTrainedTokenizerFast, end: int) -> LanguageModel:
-    cpu = torch.device("cpu")
-    return LanguageModel(name, tokenizer, None, [end], torch.float32, cpu, name, None)
+    size = max(tokenizer.get_vocab().values()) + 1
+    cpu, config = torch.device("cpu"), LlamaConfig(vocab_size=size)
+    return LanguageModel(name, tokenizer, config, [end], torch.float32, cpu, name, None)
 
 
 @pytest.fixture(scope="module")

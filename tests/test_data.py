@@ -242,20 +242,19 @@ def test_prompts_are_the_same_tomorrow(template: str, monkeypatch):
     assert len(fixed) == 1 and common.FIXED_DATE in fixed.pop()
 
 
-def test_template_that_rewrites_earlier_turns_is_refused():
-    """A template that drops reasoning from earlier turns is refused by row; one turn works."""
+def test_template_that_rewrites_earlier_turns(capsys):
+    """A template that drops reasoning from earlier turns: the last is learned, and that is said."""
     model = as_model(byte_tokenizer(FORGETFUL))
     once = common.tokenize_conversation(model, talk("ask", "<think>hm</think>yes"))
     assert runs_of_targets(model, once) == ["<think>hm</think>yes<|im_end|>"]
     harmless = common.tokenize_conversation(model, talk("ask", "yes", "again", "no"))
     assert runs_of_targets(model, harmless) == ["yes<|im_end|>", "no<|im_end|>"]
     turns = talk("ask", "<think>hm</think>yes", "again")
-    with pytest.raises(UsageError, match=r"rewrites earlier turns.*turn 2.*--completions teacher"):
-        common.tokenize_conversation(model, [*turns, {"role": "assistant", "content": "no"}])
     row = Conversation(turns, answer("no"), ["no"], "file.jsonl:7")
     prompts = tokenize_prompts([row], model, model, 200)
-    with pytest.raises(UsageError, match=r"^file\.jsonl:7: .*rewrites"):
-        common.dataset_examples(prompts, Pair(model, model), 200)
+    ((example,), _) = common.dataset_examples(prompts, Pair(model, model), 200)
+    assert runs_of_targets(model, example.student) == ["no<|im_end|>"]
+    assert "of 1 of 1 conversations only the last answer is learned" in capsys.readouterr().out
 
 
 def test_text_of_both_kinds_of_completions():

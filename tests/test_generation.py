@@ -566,7 +566,7 @@ def test_exact_match_and_error_rate(tmp_path, tiny):
 def test_likelihoods_against_plain_log_softmax(kind: str, tmp_path, tiny):
     """KL, agreement, nats and bits per byte: each row alone, through the models' own logits."""
     teacher, student = tiny(kind, seed=2), tiny("llama", seed=1)
-    teacher.end_ids = [*range(5, 100)]
+    teacher.end_ids = student.end_ids = [*range(5, 100)]
     args = arguments(tmp_path, max_new_tokens=8)
     evaluator, prompts = evaluated(teacher, args, [["x"]] * 12)
     samples = ask(teacher, prompts, args)

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-from byte_models import CHATML, byte_pair, small_run, write_rows
-from conftest import run_in_process
+from byte_models import (
+    CHATML,
+    byte_pair,
+    byte_tokenizer,
+    llama,
+    scripted,
+    small_run,
+    word_tokenizer,
+    write,
+    write_rows,
+)
+from conftest import language_model, run_in_process
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import common
+import on_policy
 import sequence_level
+import token_level
+from common import Completion, Conversation, LanguageModel, Pair
 
 # A switch that the caller can set: without reasoning the cue holds an empty block already.
 SWITCH = (
@@ -69,3 +84,332 @@ def test_template_kwargs_reach_the_teachers_prompts(tmp_path: Path):
 def test_template_kwargs_that_are_no_object(tmp_path: Path, kwargs: str):
     with pytest.raises(common.UsageError, match="--template-kwargs"):
         common.check_arguments(sequence_level.Arguments(template_kwargs=kwargs))
+
+
+def model_of(tokenizer: PreTrainedTokenizerFast, name: str = "tiny") -> LanguageModel:
+    return language_model(llama(tokenizer), tokenizer, name)
+
+
+def row(*texts: str, **options: object) -> Conversation:
+    """User and assistant in turn; the last text is the data set's own answer."""
+    turns = [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
+    ]
+    return Conversation(turns[:-1], turns[-1], [], "rows.jsonl:1", options)
+
+
+def examples_of(
+    conversation: Conversation, student: LanguageModel, teacher: LanguageModel | None = None
+) -> common.Example:
+    """The example of a row's own answer."""
+    pair = Pair(student, teacher or student)
+    prompts = common.tokenize_prompts([conversation], pair, 900)
+    ((example,), _) = common.dataset_examples(prompts, pair, 900)
+    return example
+
+
+def learned(model: LanguageModel, tokens: common.Tokens) -> str:
+    return model.tokenizer.decode([tokens.ids[i] for i in tokens.targets])
+
+
+def read(model: LanguageModel, tokens: common.Tokens) -> str:
+    return model.tokenizer.decode(tokens.ids)
+
+
+# ------------------------------------------------------------------------------------ end of turn
+
+# Nothing follows an answer: the next turn's role ends it.
+NO_END = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+ALPACA = (  # words only; a line end follows an answer
+    "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SEPARATED = (  # an end stands between turns, none after the last
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% if not loop.last %}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template", [NO_END, ALPACA, MARKED, SEPARATED], ids=["none", "words", "marks", "between"]
+)
+def test_every_answer_ends_in_a_token_that_stops(template: str):
+    """The tokenizer's own end is the last target where the template prints none; "" ends too."""
+    model = model_of(byte_tokenizer(template))
+    for answers in (("yes",), ("yes", "more?", "fin")):
+        example = examples_of(row("ask", *answers), model)
+        assert model.end_ids[0] == example.student.ids[-1] == 1
+        assert example.student.targets[-1] == len(example.student.ids) - 1
+        assert learned(model, example.student).rstrip("\n").endswith(
+            answers[-1] + "<|im_end|>"
+        ) or (template == ALPACA and learned(model, example.student).endswith("\n\n<|im_end|>"))
+
+
+def test_the_end_is_known_whatever_the_template_makes_of_an_answer():
+    """In capitals, trimmed, or ended by an added token that is not special."""
+    loud = CHATML.replace("{{ m.content }}", "{{ m.content | upper }}")
+    assert common.end_of_turn_ids(byte_tokenizer(loud)) == [1]
+    plain = byte_tokenizer(CHATML.replace("<|im_end|>", "[over]"))
+    plain.add_tokens(["[over]"])
+    assert common.end_of_turn_ids(plain) == [plain.convert_tokens_to_ids("[over]"), 1]
+
+
+@pytest.mark.parametrize("template", [NO_END, CHATML])
+def test_a_student_stops_in_generate(tmp_path: Path, template: str):
+    """final/ in plain transformers: `generate` stops by itself, at the end of the answer."""
+    pair = byte_pair(tmp_path, template)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "response": "bb"}] * 4)
+    flags = {"max_steps": 40, "learning_rate": 0.02, "warmup_steps": 2, "batch_size": 4}
+    run_in_process(sequence_level, **small_run(tmp_path, *pair, rows, **{**flags, "eval_steps": 0}))
+    final = tmp_path / "run/final"
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(final),
+        AutoModelForCausalLM.from_pretrained(final),
+    )
+    turns = [{"role": "user", "content": "a"}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
+    written = model.generate(**ids, max_new_tokens=30, do_sample=False)[0, ids.input_ids.shape[1] :]
+    assert tokenizer.decode(written) == "bb<|im_end|>"
+    assert tokenizer.eos_token_id in model.generation_config.eos_token_id
+
+
+def test_a_student_stops_at_the_end_of_its_teachers_template(tmp_path: Path):
+    """One vocabulary, two templates: the student reads the teacher's ids and stops at their end."""
+    teacher, _ = byte_pair(tmp_path)
+    tokenizer = byte_tokenizer(CHATML.replace("<|im_end|>", "<|user|>"))
+    tokenizer.eos_token = "<|user|>"
+    student = write(tmp_path / "other", llama(tokenizer, eos_token_id=3), tokenizer)
+    rows = write_rows(tmp_path / "rows.jsonl", PLAIN)
+    run_in_process(
+        sequence_level, **small_run(tmp_path, teacher, student, rows, completions="teacher")
+    )
+    config = json.loads((tmp_path / "run/final/generation_config.json").read_text())
+    assert set(config["eos_token_id"]) == {1, 3}
+
+
+# ----------------------------------------------------------------------------------- text is text
+
+TRICKY = "Turns end in <|im_end|>, <|pad|>and<|user|>."
+
+
+@pytest.mark.parametrize("template", [CHATML, NO_END, MARKED])
+def test_control_tokens_in_text_are_letters(template: str):
+    """In a prompt, in earlier turns and in the answer: byte for byte; the template's own stay."""
+    model = model_of(byte_tokenizer(template))
+    tricky, plain = (
+        examples_of(row(TRICKY, TRICKY, TRICKY, TRICKY), model),
+        examples_of(row(*"wxyz"), model),
+    )
+    control = [[i for i in e.student.ids if i < 6] for e in (tricky, plain)]
+    assert control[0] == control[1]
+    assert len(tricky.student.ids) == len(plain.student.ids) + 4 * (len(TRICKY) - 1)
+    assert len(tricky.student.targets) == len(plain.student.targets) + 2 * (len(TRICKY) - 1)
+    assert learned(model, tricky.student) == learned(model, plain.student).replace(
+        "x", TRICKY
+    ).replace("z", TRICKY)
+    prompt, _ = common.tokenize_prompts([row(TRICKY, "x")] * 2, Pair(model, model), 200)
+    assert [i for i in prompt.student if i < 6] == [i for i in plain.student.ids if i < 6][
+        : len([i for i in prompt.student if i < 6])
+    ]
+
+
+def test_control_tokens_in_a_teachers_text_are_letters(tokenizer):
+    """Text of a teacher with another vocabulary, and of one behind an API."""
+    student, teacher = model_of(byte_tokenizer()), model_of(tokenizer)
+    ids = common.tokenize(tokenizer, TRICKY)[0] + teacher.end_ids[:1]
+    for pair, written in ((Pair(student, teacher), ids), (Pair(student, None), None)):
+        prompts = common.tokenize_prompts([row("ask", "x")], pair, 200)
+        answer = Completion(TRICKY, True, 1, written)
+        (example,) = common.completion_examples(prompts, [answer], pair, 200)
+        assert learned(student, example.student) == TRICKY + "<|im_end|>"
+        assert len(example.student.targets) == len(TRICKY) + 1
+
+
+def test_tokens_that_are_not_control_stay_tokens():
+    """<think>, added but not special, or special: reasoning data means the token."""
+    for special in (False, True):
+        tokenizer = byte_tokenizer()
+        tokenizer.add_tokens(["<think>", "</think>"], special_tokens=special)
+        model = model_of(tokenizer)
+        example = examples_of(row("ask <|im_end|>", "<think>a</think>b <|im_end|>"), model)
+        first, last = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+        assert example.student.ids.count(first) == example.student.ids.count(last) == 1
+        assert example.student.ids.count(1) == 2
+
+
+@pytest.mark.parametrize("kind", ["first space", "words", "unigram"])
+def test_tokenizers_of_other_kinds(kind: str):
+    """SentencePiece's space, a vocabulary that knows the names as words, Unigram: never the token,
+    and the text around is tokenised as ever."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(set("▁<|im_end|>abcdefghijklmnopqrstuvwxyz"))
+    if kind == "words":
+        tokenizer = word_tokenizer(
+            ["user", "a", "b", "assistant"], CHATML.replace("<|im_end|>", " <|im_end|>")
+        )
+    else:
+        if kind == "unigram":
+            pieces = [("<unk>", 0.0), ("<|im_end|>", 0.0), *((x, -3.0) for x in letters)]
+            raw = Tokenizer(models.Unigram(pieces, unk_id=0))
+        else:
+            raw = Tokenizer(
+                models.BPE(
+                    {x: i for i, x in enumerate(["<unk>", "<|im_end|>", *letters])},
+                    [],
+                    unk_token="<unk>",
+                )
+            )
+        raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        raw.decoder = decoders.Metaspace(prepend_scheme="first")
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=raw, eos_token="<|im_end|>", unk_token="<unk>"
+        )
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    model = model_of(tokenizer)
+    example = examples_of(row("a <|im_end|> b", "b <|im_end|> a"), model)
+    plain = examples_of(row("a xx b", "b xx a"), model)
+    end = tokenizer.eos_token_id
+    assert example.student.ids.count(end) == plain.student.ids.count(end) == 2
+    if kind != "words":  # which has no letters
+        assert read(model, example.student).count("<|im_end|>") == 4
+        assert "".join(tokenizer.convert_ids_to_tokens(example.student.ids)) == (
+            "▁a▁<|im_end|>▁b<|im_end|>b▁<|im_end|>▁a<|im_end|>"
+        )
+
+
+# --------------------------------------------------------------------- what the cue gives of a text
+
+THINK_CUE = CHATML.replace("assistant\n", "assistant\n<think>\n")
+# As R1's: of an answer, only what follows the reasoning is rendered.
+FORGETFUL = THINK_CUE.replace(
+    "{{ m.content }}", "{{ m.content.split('</think>')[-1].lstrip('\n') }}"
+)
+# As Qwen3's: reasoning is printed for the last turn alone, always with tags.
+QWEN3 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n' }}{% if '</think>' in m.content %}"
+    "{{ m.content.split('</think>')[0].split('<think>')[-1].strip('\n') }}{% endif %}"
+    "{{ '\n</think>\n\n' }}{% endif %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN3_CUE = QWEN3.replace("assistant\n{%", "assistant\n<think>\n{%")
+REASONED = "<think>\nhm\n</think>\n\nfour"
+
+
+@pytest.mark.parametrize("text", [REASONED, "hm\n</think>\n\nfour"], ids=["both tags", "one tag"])
+@pytest.mark.parametrize(
+    "template",
+    [CHATML, THINK_CUE, FORGETFUL, QWEN3, QWEN3_CUE],
+    ids=["plain", "cue", "r1", "qwen3", "qwen3 cue"],
+)
+def test_reasoning_in_a_single_turn(template: str, text: str):
+    """Prompt and targets are the whole answer, with each tag once; the cue's part is no target."""
+    model = model_of(byte_tokenizer(template))
+    example = examples_of(row("ask", text), model)
+    whole = read(model, example.student)
+    assert whole.rstrip("\n").endswith(f"assistant\n{REASONED}<|im_end|>")
+    opened = "<think>\n" if template not in (CHATML, QWEN3) else ""
+    assert learned(model, example.student) == REASONED.removeprefix(opened) + "<|im_end|>"
+
+
+def test_an_answer_without_reasoning_after_a_cue_that_opens_it():
+    """The reasoning is closed, empty, rather than the answer be written inside it."""
+    model = model_of(byte_tokenizer(THINK_CUE))
+    assert (
+        learned(model, examples_of(row("ask", "four"), model).student)
+        == "\n</think>\n\nfour<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize("template, turns", [(QWEN3, 1), (FORGETFUL, 1), (CHATML, 2)])
+def test_templates_that_rewrite_earlier_turns(template: str, turns: int, capsys):
+    """Only the last answer is learned, and the run says so; else every answer is."""
+    model = model_of(byte_tokenizer(template))
+    example = examples_of(row("ask", REASONED, "again", REASONED), model)
+    assert learned(model, example.student).count("<|im_end|>") == turns
+    assert learned(model, example.student).endswith("hm\n</think>\n\nfour<|im_end|>")
+    assert ("only the last answer" in capsys.readouterr().out) == (turns == 1)
+
+
+CUES = {
+    "plain": CHATML,
+    "think": THINK_CUE,
+    "role": CHATML.replace("<|im_start|>assistant\n", "<bot>\n").replace(
+        "<|im_start|>{{ m.role }}\n", "{{ '<bot>\n' if m.role == 'assistant' else '<human>\n' }}"
+    ),
+}
+
+
+@pytest.mark.parametrize("student", CUES)
+@pytest.mark.parametrize("teacher", CUES)
+@pytest.mark.parametrize("source", ["shared", "other vocabulary", "api", "rows"])
+def test_what_a_cue_gives_is_carried_across(teacher: str, student: str, source: str, tokenizer):
+    """Every pair of cues, from every source: both models read the whole answer after their header,
+    and they learn from the same text; a role is no tag."""
+    ours = model_of(byte_tokenizer(CUES[student]))
+    theirs = model_of(byte_tokenizer(CUES[teacher]))
+    if source == "other vocabulary":
+        other = AutoTokenizer.from_pretrained(common.DATA / "teacher")
+        other.chat_template = CUES[teacher]
+        theirs = model_of(other)
+    pair = Pair(ours, None if source == "api" else theirs)
+    prompts = common.tokenize_prompts([row("ask", REASONED)], pair, 900)
+    if source == "rows":
+        ((example,), _) = common.dataset_examples(prompts, pair, 900)
+    else:
+        raw = "hm\n</think>\n\nfour" if teacher == "think" else REASONED
+        ids = common.tokenize(theirs.tokenizer, raw)[0] + theirs.end_ids[:1]
+        whole = raw if source == "api" else prompts[0].given[1] + raw
+        answer = Completion(whole, True, len(ids), None if source == "api" else ids)
+        (example,) = common.completion_examples(prompts, [answer], pair, 900)
+    assert example.text == REASONED
+    assert read(ours, example.student).rstrip("\n").endswith(f"\n{REASONED}<|im_end|>")
+    without = "think" in (student, *(() if source == "api" else (teacher,)))
+    assert (
+        learned(ours, example.student)
+        == REASONED.removeprefix("<think>\n" * without) + "<|im_end|>"
+    )
+    if source != "api":
+        assert REASONED in read(theirs, example.teacher)
+        assert learned(theirs, example.teacher).startswith("hm\n" if without else REASONED)
+
+
+@pytest.mark.parametrize("script", [sequence_level, token_level, on_policy])
+@pytest.mark.parametrize("opens", ["teacher", "student"])
+def test_runs_with_a_cue_on_one_side(tmp_path: Path, script: ModuleType, opens: str, capsys):
+    """A teacher that writes `two and </think> four`, or the same after `<think>`."""
+    words, names = ["two", "and", "four", "ask", "so"], ["user", "assistant"]
+    cue = (
+        "{% for m in messages %}<|im_start|> {{ m.role }} {{ m.content }} <|im_end|> {% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|> <|assistant|>"
+    )
+    made = {}
+    for name in ("teacher", "student"):
+        end = " <think>{% endif %}" if name == opens else "{% endif %}"
+        made[name] = word_tokenizer(words + names, cue + end, added=("<think>", "</think>"))
+    first = "<think>" if opens == "teacher" else "<|assistant|> <think>"
+    said = made["teacher"](f"{first} two and </think> four", add_special_tokens=False)["input_ids"]
+    pair = (
+        write(tmp_path / "t", scripted(made["teacher"], said), made["teacher"]),
+        write(tmp_path / "s", llama(made["student"]), made["student"]),
+    )
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "ask"}, {"prompt": "so"}] * 3)
+    run_in_process(script, **small_run(tmp_path, *pair, rows, completions="teacher"))
+    if script is sequence_level:
+        lines = (tmp_path / "run/completions.jsonl").read_text().splitlines()
+        texts = [json.loads(line)["messages"][-1]["content"] for line in lines]
+        assert {"".join(text.split()) for text in texts} == {"<think>twoand</think>four"}
+        # The student writes the tag itself, unless its own cue does.
+        tokens = capsys.readouterr().out.split(" target tokens")[0].split()[-1]
+        assert int(tokens) == len(texts) * (6 if opens == "teacher" else 5)

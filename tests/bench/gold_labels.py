@@ -30,10 +30,12 @@ def gold_completions(teacher: LanguageModel, prompts: Sequence[Prompt]) -> list[
     """The data set's own answers in the teacher's tokens, as if the teacher had written them."""
     texts = [prompt.conversation.response["content"] for prompt in prompts]
     completions = [Completion(text, finished=True, length=0, ids=None) for text in texts]
-    # `tokenize_completions` reads the prompt ids of the student; here the teacher is the reader.
-    as_student = [prompt._replace(student=prompt.teacher) for prompt in prompts]
-    ids = common.tokenize_completions(teacher, as_student, completions)
-    return [c._replace(ids=i, length=len(i)) for c, i in zip(completions, ids, strict=True)]
+    answers = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        before = common.render(teacher.tokenizer, prompt.conversation.messages, prompt=True)
+        answers.append(common.tokenize_after(teacher, before, prompt.teacher, text))
+        answers[-1] += teacher.end_ids[:1]
+    return [c._replace(ids=i, length=len(i)) for c, i in zip(completions, answers, strict=True)]
 
 
 def load_pair_with_gold_labels(args: sequence_level.Arguments, device: torch.device) -> Pair:
