@@ -203,43 +203,27 @@ def check_arguments(args: CommonArguments) -> None:
         if not isinstance(json.loads(args.template_kwargs), dict):
             raise ValueError("must be a JSON object")
     changed = changed_flags(args).keys()
-    text = changed & {"top_p", "sampling_temperature"}
     trackers = ["none", *map(str, get_available_trackers())]
+    local = [Path(model).is_dir() for model in (args.student, args.teacher)]
     for wrong, message in (
         (not 0 < args.top_p <= 1, f"--top-p must lie in (0, 1], not {args.top_p}"),
+        ("top_p" in changed and not args.sampling_temperature,
+         "--top-p needs a --sampling-temperature"),
+        (changed & {"top_p", "sampling_temperature"} and args.completions == "dataset",
+         "--completions dataset samples no text: leave out --sampling-temperature and --top-p"),
         (args.resume and args.overwrite, "--resume and --overwrite contradict each other"),
         (args.resume and not args.output_dir, "--resume needs --output-dir, the run to continue"),
+        (args.overwrite and not args.output_dir, "--overwrite needs --output-dir, what to replace"),
         (args.max_steps <= 0 and not args.epochs, "--epochs is 0 and --max-steps is not given"),
         (args.lora_rank and not find_spec("peft"), '--lora-rank needs pip install -e ".[lora]"'),
-        (
-            args.report_to not in trackers,
-            f"--report-to: {args.report_to} is not installed, only "
-            f'{", ".join(trackers)} (tensorboard: pip install -e ".[trackers]")',
-        ),
+        (args.report_to not in trackers, f"--report-to: {args.report_to} is not installed, only "
+         f"{', '.join(trackers)} (tensorboard: pip install -e \".[trackers]\")"),
         (not Path(args.chat_template or ".").exists(), f"--chat-template: no {args.chat_template}"),
-        (
-            args.overwrite and not args.output_dir,
-            "--overwrite needs --output-dir, the run to replace",
-        ),
-        (
-            "top_p" in text and not args.sampling_temperature,
-            "--top-p needs a --sampling-temperature",
-        ),
-        (
-            text and args.completions == "dataset",
-            "--sampling-temperature and --top-p are for the "
-            "teacher's text, not for --completions dataset",
-        ),
-        (args.revision != "main" and Path(args.student).is_dir(), "--revision is for hub models"),
-        (
-            args.teacher_revision != "main" and Path(args.teacher).is_dir(),
-            "--teacher-revision is for hub models",
-        ),
-        (
-            changed & {"dataset_config", "dataset_split"} and Path(args.dataset).is_file(),
-            "--dataset-config and --dataset-split are for hub data sets and directories",
-        ),
-    ):
+        ("revision" in changed and local[0], "--revision is for hub models"),
+        ("teacher_revision" in changed and local[1], "--teacher-revision is for hub models"),
+        (changed & {"dataset_config", "dataset_split"} and Path(args.dataset).is_file(),
+         "--dataset-config and --dataset-split are for hub data sets and directories"),
+    ):  # fmt: skip
         if wrong:
             raise UsageError(message)
 
@@ -1169,9 +1153,9 @@ def share_tag(pair: Pair) -> None:
     for model, other in (pair, pair[::-1]):
         if not other.opens or model.opens.strip() == other.opens.strip():
             continue
-        templates = model.tokenizer.chat_template
-        known = other.opens.strip() in json.dumps(templates) or model is pair.student
-        if model.opens or not known:
+        templates, tag = model.tokenizer.chat_template, other.opens.strip()
+        known = tag in model.tokenizer.get_vocab() or tag in json.dumps(templates)
+        if model.opens or not (known or model is pair.student):
             raise UsageError(
                 f"the cue of {other.name} for an answer opens {other.opens!r}, which {model.name} "
                 "does not write: give both one --chat-template"

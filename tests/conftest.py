@@ -114,9 +114,11 @@ def language_model(
 ) -> common.LanguageModel:
     """A model that is in memory already as a `LanguageModel`, with its name as its digest."""
     ends = common.end_of_turn_ids(tokenizer, model.config, model.generation_config)
+    opens = common.opened_tag(tokenizer) if tokenizer.chat_template else ""
     return common.LanguageModel(
-        name, tokenizer, model.config, ends, model.dtype, model.device, name, lambda _: model
-    )
+        name, tokenizer, model.config, ends, model.dtype, model.device, name, lambda _: model,
+        opens=opens,
+    )  # fmt: skip
 
 
 def with_response(prompt_ids: list[int], response_ids: list[int]) -> common.Tokens:

@@ -355,8 +355,8 @@ CUES = {
 @pytest.mark.parametrize("teacher", CUES)
 @pytest.mark.parametrize("source", ["shared", "other vocabulary", "api", "rows"])
 def test_what_a_cue_gives_is_carried_across(teacher: str, student: str, source: str, tokenizer):
-    """Every pair of cues, from every source: both models read the whole answer after their header,
-    and they learn from the same text; a role is no tag."""
+    """Every pair of cues, from every source: both models read the whole answer, and learn from the
+    same text. A role is no tag, and a teacher that does not know the tag is refused."""
     ours = model_of(byte_tokenizer(CUES[student]))
     theirs = model_of(byte_tokenizer(CUES[teacher]))
     if source == "other vocabulary":
@@ -364,25 +364,29 @@ def test_what_a_cue_gives_is_carried_across(teacher: str, student: str, source: 
         other.chat_template = CUES[teacher]
         theirs = model_of(other)
     pair = Pair(ours, None if source == "api" else theirs)
+    if source != "api":
+        if student == "think" != teacher:
+            with pytest.raises(common.UsageError, match="does not write"):
+                common.share_tag(pair)
+            return
+        common.share_tag(pair)
     prompts = common.tokenize_prompts([row("ask", REASONED)], pair, 900)
+    opened = "think" in ((student,) if source == "api" else (student, teacher))
+    assert prompts[0].given == "<think>\n" * opened
     if source == "rows":
         ((example,), _) = common.dataset_examples(prompts, pair, 900)
     else:
-        raw = "hm\n</think>\n\nfour" if teacher == "think" else REASONED
+        raw = REASONED.removeprefix("<think>\n" * (teacher == "think"))
         ids = common.tokenize(theirs.tokenizer, raw)[0] + theirs.end_ids[:1]
-        whole = raw if source == "api" else prompts[0].given[1] + raw
-        answer = Completion(whole, True, len(ids), None if source == "api" else ids)
+        answer = Completion(raw, True, len(ids), None if source == "api" else ids)
         (example,) = common.completion_examples(prompts, [answer], pair, 900)
     assert example.text == REASONED
+    target = REASONED.removeprefix("<think>\n" * opened) + "<|im_end|>"
+    assert learned(ours, example.student) == target
     assert read(ours, example.student).rstrip("\n").endswith(f"\n{REASONED}<|im_end|>")
-    without = "think" in (student, *(() if source == "api" else (teacher,)))
-    assert (
-        learned(ours, example.student)
-        == REASONED.removeprefix("<think>\n" * without) + "<|im_end|>"
-    )
     if source != "api":
         assert REASONED in read(theirs, example.teacher)
-        assert learned(theirs, example.teacher).startswith("hm\n" if without else REASONED)
+        assert learned(theirs, example.teacher).startswith(target[:3])
 
 
 @pytest.mark.parametrize("script", [sequence_level, token_level, on_policy])
@@ -410,6 +414,9 @@ def test_runs_with_a_cue_on_one_side(tmp_path: Path, script: ModuleType, opens: 
         lines = (tmp_path / "run/completions.jsonl").read_text().splitlines()
         texts = [json.loads(line)["messages"][-1]["content"] for line in lines]
         assert {"".join(text.split()) for text in texts} == {"<think>twoand</think>four"}
-        # The student writes the tag itself, unless its own cue does.
         tokens = capsys.readouterr().out.split(" target tokens")[0].split()[-1]
-        assert int(tokens) == len(texts) * (6 if opens == "teacher" else 5)
+        assert int(tokens) == len(texts) * 5  # four words and the end: the cue gives the tag
+        final = AutoTokenizer.from_pretrained(tmp_path / "run/final")
+        turns = [{"role": "user", "content": "ask"}]
+        cue = final.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        assert cue.endswith("<think>")
