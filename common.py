@@ -896,7 +896,7 @@ def cache_is_exact(model: LanguageModel) -> bool:
 
     Tried on two prompts of unequal length and given answers, of which one is shorter.
     """
-    ids = [1 + 7 * i % (model.vocabulary - 1) for i in range(25)]
+    ids = [1 + 7 * i % (model.vocabulary - 1) for i in range(31)]
     prompts, responses = [ids[:3], ids[3:12]], [[*ids[12:15], 0], ids[15:]]
     batch = collate(list(map(with_response, prompts, responses)), model.device)
     draws = nn.utils.rnn.pad_sequence([torch.tensor(r).double() for r in responses], True)
@@ -907,15 +907,17 @@ def cache_is_exact(model: LanguageModel) -> bool:
         return given.long()
 
     with model.evaluating():
-        expected = model.logits(batch)[:]  # (14, V)
+        expected = model.logits(batch)[:]  # (4 + 16, V)
         try:
             _generate_batch(dataclasses.replace(model, end_ids=[0]), prompts, draws, choose)
         except Exception:  # a model may raise whatever it likes about its cache
             return False
     logits = torch.stack([x[0] for x in steps[:4]] + [x[-1] for x in steps])
-    error = (logits - expected).square().mean(-1).sqrt() / expected.std(-1).clamp_min(1e-6)
-    # Measured on a chat model of 30 layers: 1.5e-5, and 0.27 in bfloat16; without a mask 1.3 to 4.
-    return bool(error.max() <= (0.5 if model.compute_dtype.itemsize == 2 else 1e-2))
+    error = (logits - expected).std(-1) / expected.std(-1).clamp_min(1e-6)
+    # Not the worst token's, as rounding can send one to another expert. Measured on chat models:
+    # up to 5e-6, in bfloat16 0.04; without the mask 0.8 to 1.4.
+    worst = max(float(part.quantile(0.7)) for part in error.split([4, 16]))
+    return worst <= (0.3 if model.compute_dtype.itemsize == 2 else 1e-2)
 
 
 def load_student(

@@ -5,6 +5,7 @@ The truth is the model's own logits for one text alone: no batch, no padding, no
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,27 @@ def test_architecture(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture):
 
     check_text(loaded, temperature=0.0)
     check_text(loaded, temperature=1.0)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_rounding_is_no_reason_to_do_without_a_cache(kind: str, tmp_path: Path):
+    """In bfloat16 too the cache is used by all models that have one; a wrong mask is noticed."""
+    student = student_of(save(tmp_path, kind), dtype="bfloat16")
+    assert student.has_cache == (kind not in WITHOUT_CACHE)
+    weights, masked = student.model, []
+    student = dataclasses.replace(student, load=lambda _: weights, compute_dtype=torch.float32)
+    right = student.backbone
+
+    def without_mask(**inputs: Any) -> Any:
+        if inputs.get("attention_mask") is not None:
+            masked.append(inputs["attention_mask"].all())
+            inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+        return right(**inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LanguageModel, "backbone", lambda self, **inputs: without_mask(**inputs))
+        assert not student.has_cache or not common.cache_is_exact(student)
+    assert not student.has_cache or False in masked
 
 
 @pytest.mark.parametrize("kind", REFUSED)
