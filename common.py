@@ -926,11 +926,12 @@ def load_student(
     """The student with float32 weights, prepared for LoRA or checkpointing if asked."""
     student = open_model(args, device, "student", template)
     _ = student.model  # loaded now, so that wrong weights are an early error
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        usage_error(f"{student.name} could be trained, but not saved", Exception),
-    ):
-        save_student(student, Path(directory), "", state_dict={})  # all but the weights
+    if PartialState().is_main_process:
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            usage_error(f"{student.name} could be trained, but not saved", Exception),
+        ):
+            save_student(student, Path(directory), "", state_dict={})  # all but the weights
     if args.lora_rank:
         add_adapters(student, args.lora_rank)
     if args.gradient_checkpointing:
@@ -1302,7 +1303,7 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
                 check_printed(model, c.messages, "tool_calls", **c.options)
                 texts.append(render(model.tokenizer, c.messages, prompt=True, **c.options))
             names = {name for m in (*c.messages, c.response or {}, c.options) for name in m}
-            unused.update(names - words)
+            unused.update(names - words - {"role", "content"})
         if unused:
             title = f"the chat template of {model.name} does not use, by rows"
             PartialState().print(f"{title}: {dict(unused)}")
@@ -1410,8 +1411,8 @@ def dataset_examples(
             examples.append(Example(i, prompt, response["content"], ours, theirs))
     if last_only:
         PartialState().print(
-            f"of {last_only} of {len(prompts)} conversations only the last answer is learned: a "
-            "chat template rewrites earlier turns"
+            f"of {last_only} of {len(prompts)} conversations only the last answer is learned: the "
+            "chat template rewrites earlier ones, or has no prompt for them"
         )
     return examples, cut
 
