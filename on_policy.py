@@ -64,23 +64,21 @@ class Arguments(token_level.Arguments):
             raise common.UsageError(f"--mix is a share of steps, so at most 1, not {self.mix}")
         if self.rollout_steps == 0:
             raise common.UsageError("--rollout-steps must be 1 or more")
-        if self.ce_weight and not self.reads_teacher_text:
-            raise common.UsageError("--ce-weight is for the teacher's text, and --mix 1 has none")
-        text = {"sampling_temperature", "top_p", "completions"} & common.changed_flags(self).keys()
-        if text and not self.reads_teacher_text:
-            name = common.as_flag(min(text))
-            raise common.UsageError(f"{name} is for the teacher's text, and --mix 1 has none")
-        unused = {"estimator", "rollout_temperature", "rollout_steps", "mix_warmup_steps"}
-        if self.mix == 0 and (given := sorted(unused & common.changed_flags(self).keys())):
-            name = common.as_flag(given[0])
-            raise common.UsageError(f"{name} is for steps on own text, and --mix 0 has none")
+        own = {"estimator", "rollout_temperature", "rollout_steps", "mix_warmup_steps"}
+        teachers = {"sampling_temperature", "top_p", "completions", "ce_weight"}
+        for absent, names, text in (
+            (self.mix == 0, own, "steps on own text"),
+            (not self.reads_teacher_text, teachers, "the teacher's text"),
+        ):
+            for name in sorted(names & common.changed_flags(self).keys()) if absent else ():
+                shown = common.as_flag(name)
+                raise common.UsageError(f"{shown} is for {text}, and --mix {self.mix:g} has none")
         required = {"kl": "reverse", "skew": 0, "temperature": 1, "rollout_temperature": 1}
         for name, value in (required | {"rollout_steps": 1}).items():
             if self.estimator == "sampled" and getattr(self, name) != value:
                 raise common.UsageError(
-                    "--estimator sampled takes the sampled token for a draw from the student's "
-                    f"present distribution in KL(student ‖ teacher): {common.as_flag(name)} "
-                    f"must be {value}, not {getattr(self, name)}"
+                    "--estimator sampled needs draws from the student's present distribution: "
+                    f"{common.as_flag(name)} must be {value}, not {getattr(self, name)}"
                 )
         return objective
 
@@ -166,10 +164,9 @@ def entropies(student: Logits, teacher: Logits) -> Tensor:
 class Rollouts:
     """The student's own answers to the prompts of on-policy steps, as token ids.
 
-    Those of the next --rollout-steps such steps are sampled together, in large batches, by the
-    student of the first of them. Each token is a function of that student and of (seed, step, row,
-    position), so text depends on batches and processes through rounding only. Text that has not
-    been learned from yet is part of a checkpoint.
+    Those of the next --rollout-steps such steps are sampled together by the student of the first.
+    Each token is a function of that student and of (seed, step, row, position), so text depends on
+    batches and processes through rounding only. Text that waits is part of a checkpoint.
     """
 
     def __init__(
@@ -345,9 +342,8 @@ def main(args: Arguments) -> None:
         sums = 0.0
         for micro_batch in micro_batches:
             inputs = common.collate([e.student for e in micro_batch], accelerator.device)
-            theirs = teacher_hidden(micro_batch, live=on_policy)
             with common.reduce_gradients(accelerator, module, micro_batch is micro_batches[-1]):
-                loss, parts = module(inputs, theirs, on_policy)
+                loss, parts = module(inputs, teacher_hidden(micro_batch, on_policy), on_policy)
                 # DDP averages gradients over processes: times their number gives the sum.
                 accelerator.backward(loss * (accelerator.num_processes / tokens))
             sums += parts
