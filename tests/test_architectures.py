@@ -117,7 +117,7 @@ REFUSED = {
     "bert": ({"is_decoder": True}, "BertLMHeadModel.* does not know"),
     "llama4_text": (  # its base model is itself
         {"num_local_experts": 2, "head_dim": 8, "intermediate_size_mlp": 64, "moe_layers": [1]},
-        "cannot be used",
+        "cannot use",
     ),
 }  # fmt: skip
 

@@ -205,7 +205,9 @@ def written(turn: str) -> str:
 def examples_of(model: LanguageModel, path: Path, rows: list[Any]) -> list[common.Example]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     pair = Pair(model, model)
-    prompts = common.tokenize_prompts(common.load_conversations(str(path)), pair, LIMIT)
+    files = {"dataset": str(path), "eval_dataset": str(path)}
+    train, _ = common.load_data(common.CommonArguments(**files, completions="dataset"))
+    prompts = common.tokenize_prompts(train, pair, LIMIT)
     return common.dataset_examples(prompts, pair, LIMIT)[0]
 
 

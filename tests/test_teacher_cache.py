@@ -418,3 +418,13 @@ def test_the_run_that_fills_the_cache_trains_without_the_backbone(place, tmp_pat
     assert alive == [[False]]
     with no_backbone_of(place / "teacher", monkeypatch):
         assert train(place, tmp_path / "2", tmp_path / "cache", teacher_dtype="bfloat16") == first
+
+
+def test_states_that_overflow_are_not_kept(tiny, examples, tmp_path):
+    """The check at load reads a few tokens; here another token's states are not finite."""
+    teacher = tiny("llama", dtype=torch.float16)
+    token = examples[3].teacher.ids[1]
+    teacher.model.model.embed_tokens.weight.data[token] = float("inf")
+    with pytest.raises(UsageError, match=r"overflows in torch\.float16: .*--teacher-dtype"):
+        cached(teacher, examples, tmp_path)
+    assert all(stored.isfinite().all() for stored in tensors(tmp_path).values())
