@@ -2,9 +2,9 @@
 
     python tests/bench/few_prompts.py [--prompts 640 2560] [--seeds 1] [--steps 600]
 
-Prints the scores on 2000 held-out words, as means over the seeds. A run takes one to two minutes on two
-cores; the bench says beforehand how many runs are left. Finished runs are not run again, and a run
-that was cut is resumed.
+Prints the scores on 2000 held-out words, as means over the seeds. A run takes one to two minutes
+on two cores; the bench says beforehand how many runs are left. Finished runs are not run again, and
+a run that was cut is resumed.
 """
 
 from __future__ import annotations
