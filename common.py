@@ -1104,13 +1104,13 @@ def _control(tokenizer: Tokenizer) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def as_text(tokenizer: Tokenizer, value: Any) -> Any:
+def mark_control_tokens(tokenizer: Tokenizer, value: Any) -> Any:
     """The value, with a mark in each control token's name in its strings: see `tokenize`."""
     if isinstance(value, str):
         return _control(tokenizer).sub(lambda m: m[0][0] + _MARK + m[0][1:], value)
     if isinstance(value, dict):
-        return {key: as_text(tokenizer, v) for key, v in value.items()}
-    return [as_text(tokenizer, v) for v in value] if isinstance(value, list) else value
+        return {key: mark_control_tokens(tokenizer, v) for key, v in value.items()}
+    return [mark_control_tokens(tokenizer, v) for v in value] if isinstance(value, list) else value
 
 
 @functools.lru_cache(maxsize=8)
@@ -1130,7 +1130,7 @@ def render(
 
 def _render(tokenizer: Tokenizer, messages: list[Message], **options: Any) -> tuple[str, Spans]:
     """The text, and the spans of it that `{% generation %}` marks if they are asked for."""
-    messages, options = as_text(tokenizer, messages), as_text(tokenizer, options)
+    messages, options = (mark_control_tokens(tokenizer, part) for part in (messages, options))
     # A template may raise whatever it likes.
     with usage_error("the chat template refuses a conversation", Exception):
         texts, spans = render_jinja_template(
@@ -1227,17 +1227,17 @@ def assistant_spans(
 def tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], Spans]:
     """Ids and character offsets of rendered text, which contains its special tokens already.
 
-    The names that `as_text` has marked are encoded as text, without their marks.
+    The names that `mark_control_tokens` has marked are encoded as text, without their marks.
     """
     if _MARK not in text:
         out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return out["input_ids"], out["offset_mapping"]
-    plain, places = "", []
+    names, places = [], []
     for part in re.finditer(f"{_control(tokenizer).pattern}|.", text, re.DOTALL):
-        name = "" if part[0] == _MARK else _MARK * (len(part[0]) > 1) + part[0]
-        plain, places = plain + name, places + [part.start()] * len(name)
+        names.append("" if part[0] == _MARK else _MARK * (len(part[0]) > 1) + part[0])
+        places += [part.start()] * len(names[-1])
     with usage_error("the tokenizer cannot encode control tokens as text", Exception):
-        out = _text_tokenizer(tokenizer).encode(plain, add_special_tokens=False)
+        out = _text_tokenizer(tokenizer).encode("".join(names), add_special_tokens=False)
     places.append(len(text))
     return out.ids, [(places[a], places[b]) for a, b in out.offsets]
 
@@ -1252,7 +1252,7 @@ def tokenize_answer(
     read exactly the prompt's own tokens.
     """
     before = render(model.tokenizer, talk.messages, prompt=True, **talk.options)
-    text, start = as_text(model.tokenizer, text), len(prompt_ids)
+    text, start = mark_control_tokens(model.tokenizer, text), len(prompt_ids)
     ids = tokenize(model.tokenizer, before + text)[0]
     if ids[:start] != prompt_ids or (text and len(ids) == start):
         return model.checked(tokenize(model.tokenizer, text)[0])

@@ -234,6 +234,17 @@ def test_control_tokens_in_a_teachers_text_are_letters(tokenizer):
         assert len(example.student.targets) == len(TRICKY) + 1
 
 
+def test_a_long_text_with_a_control_token():
+    """Half a million characters, in which one name is text: a token for each byte, in order."""
+    text = "<|im_end|>" + "abcde" * 100_000
+    model = model_of(byte_tokenizer())
+    ids, offsets = common.tokenize(
+        model.tokenizer, common.mark_control_tokens(model.tokenizer, text)
+    )
+    assert model.tokenizer.decode(ids) == text and len(ids) == len(text)
+    assert [a for a, _ in offsets[:3]] == [0, 2, 3]  # the mark stands behind the first letter
+
+
 def test_tokens_that_are_not_control_stay_tokens():
     """<think>, added but not special, or special: reasoning data means the token."""
     for special in (False, True):
