@@ -28,14 +28,13 @@ load_pair = common.load_pair
 
 def gold_completions(teacher: LanguageModel, prompts: Sequence[Prompt]) -> list[Completion]:
     """The data set's own answers in the teacher's tokens, as if the teacher had written them."""
-    texts = [prompt.conversation.response["content"] for prompt in prompts]
-    completions = [Completion(text, finished=True, length=0, ids=None) for text in texts]
-    answers = []
-    for prompt, text in zip(prompts, texts, strict=True):
-        before = common.render(teacher.tokenizer, prompt.conversation.messages, prompt=True)
-        answers.append(common.tokenize_after(teacher, before, prompt.teacher, text))
-        answers[-1] += teacher.end_ids[:1]
-    return [c._replace(ids=i, length=len(i)) for c, i in zip(completions, answers, strict=True)]
+    completions = []
+    for prompt in prompts:
+        text = prompt.conversation.response["content"]
+        ids = common.tokenize_answer(teacher, prompt.conversation, prompt.teacher, text)
+        ids = ids + teacher.end_ids[:1]
+        completions.append(Completion(text, True, len(ids), ids))
+    return completions
 
 
 def load_pair_with_gold_labels(args: sequence_level.Arguments, device: torch.device) -> Pair:
