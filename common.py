@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import dataclasses
 import datetime
@@ -56,6 +57,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
     LoggerType,
     broadcast_object_list,
@@ -66,6 +69,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as BackendTokenizer
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
@@ -629,6 +635,8 @@ class LanguageModel:
     has_cache: bool = True  # False: generation reads the whole text for every token
     directory: Path | None = None  # where its files lie
     opens: str = ""  # the tag that its cue for an answer opens: see `opened_tag`
+    # Copies of `model` and `adapters` without weights, if these are sharded: see `whole`.
+    copies: tuple[PreTrainedModel, Any] | None = None
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
@@ -640,8 +648,12 @@ class LanguageModel:
 
     def unload(self) -> None:
         """Free the memory of everything but the head; a later use loads the model again."""
-        self.cached_head = Head(*(t if t is None else t.detach() for t in self.head()[:2]))
+        self.keep_head()
         vars(self).pop("model", None)
+
+    def keep_head(self) -> None:
+        """Use the head as it is now, whatever happens to the model."""
+        self.cached_head = Head(*(t if t is None else t.detach() for t in self.head()[:2]))
 
     @functools.cached_property
     def vocabulary(self) -> int:
@@ -663,8 +675,7 @@ class LanguageModel:
 
     def head(self) -> Head:
         """The output layer without padding rows."""
-        use_cached = self.cached_head is not None and not self.loaded
-        layer = self.cached_head if use_cached else self.model.get_output_embeddings()
+        layer = self.cached_head or self.model.get_output_embeddings()
         weight, bias = layer.weight, getattr(layer, "bias", None)
         if len(weight) > self.vocabulary:
             weight = weight[: self.vocabulary]
@@ -708,13 +719,48 @@ class LanguageModel:
 
         Autocast keeps the weights that it has converted until its outermost context ends: here.
         """
-        training = self.model.training
-        self.model.eval()
+        with self.whole():
+            training = self.model.training
+            self.model.eval()
+            try:
+                with torch.no_grad(), self.autocast():
+                    yield
+            finally:
+                self.model.train(training)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """All weights of a sharded model in this process; every process must enter together."""
+        sharded = self.model, self.adapters
+        if self.copies in (None, sharded):  # not sharded, or whole already
+            yield
+            return
+        for part, parameter in zip(
+            self.model.parameters(), self.copies[0].parameters(), strict=True
+        ):
+            parameter.data = part.detach().full_tensor()
+        self.model, self.adapters = self.copies
         try:
-            with torch.no_grad(), self.autocast():
-                yield
+            yield
         finally:
-            self.model.train(training)
+            for parameter in self.model.parameters():
+                parameter.data = parameter.new_empty(0)
+            self.model, self.adapters = sharded
+
+    def layer_kinds(self) -> set[str]:
+        """The classes of the layers that FSDP gathers one at a time; refuses a model without."""
+        present = {type(module).__name__ for module in self.model.modules()}
+        if not (kinds := present & set(self.model._no_split_modules or ())):
+            raise UsageError(f"FSDP cannot shard {self.name}: transformers names no layers of it")
+        return kinds
+
+    def shard(self) -> None:
+        """Keep the head, and this process's share of all else, for inference: a forward pass
+        gathers one layer at a time, so every process must run as many."""
+        self.keep_head()
+        for module in [m for m in self.model.modules() if type(m).__name__ in self.layer_kinds()]:
+            fully_shard(module)
+        fully_shard(self.model.base_model, reshard_after_forward=True)
 
     def complete(
         self, prompts: Sequence[Prompt], args: CommonArguments, **sampling: Any
@@ -867,7 +913,7 @@ def load_weights(
             f"(they would be random); the first is {missing[0]}"
         )
     weights = weights.to(model.device).eval()
-    loaded = dataclasses.replace(model, load=lambda _: weights)
+    loaded = dataclasses.replace(model, load=lambda _: weights, cached_head=None)
     check_head(loaded)
     model.has_cache = cache_is_exact(loaded)
     if not model.has_cache:
@@ -2062,6 +2108,10 @@ class Evaluator:
 
     def __call__(self, show: int = 0) -> list[Tally]:
         """One tally per evaluation prompt, on every process; prints `show` answers."""
+        with self.student.evaluating():
+            return gathered(self._tallies(show))
+
+    def _tallies(self, show: int) -> dict[int, Tally]:
         student, prompts = self.student, [e.prompt.student for e in self.examples]
         answers = generate(student, prompts, [0] * len(prompts), self.args, temperature=0.0)
         tallies = {}
@@ -2072,12 +2122,11 @@ class Evaluator:
                 question = student.tokenizer.decode(prompts[place])
                 line = f"  {question!r}\n    {answer.text!r}  (of {self.references[i]})"
                 PartialState().print(line)
-        with student.evaluating():
-            for i, batch in enumerate(self.batches):
-                logits = student.logits(collate([e.student for e in batch], student.device))
-                theirs = self.teacher_logits[i] if self.comparable else None
-                self._add_likelihoods(tallies, batch, student, logits, theirs)
-        return gathered(tallies)
+        for i, batch in enumerate(self.batches):
+            logits = student.logits(collate([e.student for e in batch], student.device))
+            theirs = self.teacher_logits[i] if self.comparable else None
+            self._add_likelihoods(tallies, batch, student, logits, theirs)
+        return tallies
 
     def _answer_tally(self, i: int, answer: Completion) -> Tally:
         words = answer.text.split()
@@ -2195,12 +2244,14 @@ def start(script: str, args: CommonArguments) -> Accelerator:
     transformers_logging.disable_progress_bar()
     # accelerate warns of tied weights at every checkpoint, although loading ties them again.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    sharded = check_launch()
     # A process may wait long: for the teacher's text, or for another run's. LanguageModel.backbone
     # enters autocast by itself.
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
-    if (kind := accelerator.distributed_type.value) in {"FSDP", "DEEPSPEED", "MEGATRON_LM"}:
-        raise UsageError(f"models are not divided between processes: launch without {kind}")
+    if sharded and accelerator.use_distributed:  # accelerate does not set it on CPUs
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if (launched := os.environ.get("WORLD_SIZE", "1")) != str(accelerator.num_processes):
         raise UsageError(
             f"{launched} processes were started, but each is alone: without a GPU, set "
@@ -2227,6 +2278,32 @@ def start(script: str, args: CommonArguments) -> Accelerator:
             )
     torch.manual_seed(args.seed)  # for the initial weights of adapters
     return accelerator
+
+
+def check_launch() -> bool:
+    """Whether accelerate was told to shard models (FSDP 2); refuses what these scripts lack."""
+    told = {name for name, value in os.environ.items() if value.lower() == "true"}
+    sharded, use = "ACCELERATE_USE_FSDP" in told, "use --use_fsdp --fsdp_version 2 instead"
+    for wrong, message in (
+        ("ACCELERATE_USE_DEEPSPEED" in told, f"DeepSpeed is not supported: {use}"),
+        ("ACCELERATE_USE_MEGATRON_LM" in told, f"Megatron-LM is not supported: {use}"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG" in told, f"--use_parallelism_config: {use}"),
+        (sharded and os.environ.get("FSDP_VERSION") != "2", f"FSDP 1 is not supported: {use}"),
+        (sharded and "FSDP_ACTIVATION_CHECKPOINTING" in told,
+         "--fsdp_activation_checkpointing: use the script's --gradient-checkpointing instead"),
+        (sharded and "FSDP_OFFLOAD_PARAMS" in told, "--fsdp_offload_params is not supported: "
+         "leave it out, and use --gradient-checkpointing or --lora-rank if memory is short"),
+        (sharded and "FSDP_IGNORED_MODULES" in os.environ,
+         "--fsdp_ignored_modules is not supported: leave it out"),
+    ):  # fmt: skip
+        if wrong:
+            raise UsageError(message)
+    if sharded:
+        # Every process loads the whole student, whose weights are checked before it is sharded.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        # Read with weights_only=True; of a sharded checkpoint some metadata would be unpickled.
+        os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
+    return sharded
 
 
 def check_resume(directory: Path, script: str, args: CommonArguments) -> None:
@@ -2268,6 +2345,27 @@ def make_optimizer(model: nn.Module, args: CommonArguments) -> torch.optim.Optim
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def prepare(
+    accelerator: Accelerator, module: nn.Module, args: CommonArguments, teacher: Any = None
+) -> tuple[nn.Module, Any]:
+    """The module around a student, and its optimizer, for the processes that were launched.
+
+    FSDP shards the student layer by layer. Embeddings, final norm and head belong to the module
+    itself: they are gathered when its `forward` begins and stay until its backward pass ends, so
+    that the loss finds them whole. A `teacher` that is loaded is sharded too.
+    """
+    if accelerator.is_fsdp2:
+        student, plugin = module.student, accelerator.state.fsdp_plugin
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy
+        plugin.transformer_cls_names_to_wrap = sorted(student.layer_kinds())
+        parameters = list(student.model.parameters())
+        empty = {id(p): nn.Parameter(p.new_empty(0), p.requires_grad) for p in parameters}
+        student.copies = copy.deepcopy((student.model, student.adapters), empty)
+        if isinstance(teacher, LanguageModel) and teacher.loaded:
+            teacher.shard()
+    return accelerator.prepare(module, make_optimizer(module, args))
 
 
 def reduce_gradients(
@@ -2397,7 +2495,9 @@ class Run:
     ) -> None:
         """Record a step, without waiting for its device tensors, and write when that is due."""
         self.tokens += tokens
-        self.pending.append((step, values, examples))
+        # FSDP's norm of the gradients; `full_tensor` needs all processes, and all log all steps.
+        whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in values.items()}
+        self.pending.append((step, whole, examples))
         self.bar.update()
         if step == self.steps or step % self.args.logging_steps == 0:
             self.flush()
@@ -2493,21 +2593,26 @@ class Run:
             "seconds": self._seconds(),
             "versions": {name: importlib.metadata.version(name) for name in packages},
         }
-        if self.accelerator.is_main_process:
-            table = results_table(results)
-            kept = f"the trained weights are in {self._checkpoints()[-1]}; --resume tries again"
-            with usage_error(f"cannot write {self.directory / 'final'} ({kept})", Exception):
-                save_student(self.student, self.directory / "final", self._model_card(table))
-            write_json(self.directory / "results.json", results)
-            draw_curves([self.directory], self.directory / "curves.png")
-            print(table)
-            if evaluator.unreferenced:
-                print(
-                    f"{evaluator.unreferenced} of {len(after)} evaluation rows have no reference: "
-                    "there exact_match and error_rate compare with the teacher's greedy answer"
-                )
-            print(f"student: {self.directory / 'final'}")
+        with self.student.whole():
+            if self.accelerator.is_main_process:
+                self._write_results(results)
         self._close()
+
+    def _write_results(self, results: dict[str, Any]) -> None:
+        rows, unreferenced = results["evaluation"].values()
+        table = results_table(results)
+        kept = f"the trained weights are in {self._checkpoints()[-1]}; --resume tries again"
+        with usage_error(f"cannot write {self.directory / 'final'} ({kept})", Exception):
+            save_student(self.student, self.directory / "final", self._model_card(table))
+        write_json(self.directory / "results.json", results)
+        draw_curves([self.directory], self.directory / "curves.png")
+        print(table)
+        if unreferenced:
+            print(
+                f"{unreferenced} of {rows} evaluation rows have no reference: "
+                "there exact_match and error_rate compare with the teacher's greedy answer"
+            )
+        print(f"student: {self.directory / 'final'}")
 
     def _close(self) -> None:
         for tracker in self.accelerator.trackers:

@@ -516,7 +516,7 @@ def piece_loss(
 
 
 class CrossTokenizerLoss(nn.Module):
-    """The student and its loss in one `forward`, through which DDP synchronises gradients."""
+    """The student and its loss in one `forward`, through which gradients are synchronised."""
 
     def __init__(self, student: LanguageModel, teacher_head: Head, alignments: Alignments) -> None:
         super().__init__()
@@ -562,7 +562,7 @@ def main(args: Arguments) -> None:
     run = common.Run("cross_tokenizer", args, accelerator, evaluator)
 
     module = CrossTokenizerLoss(student, teacher.head(), alignments)
-    module, optimizer = accelerator.prepare(module, common.make_optimizer(module, args))
+    module, optimizer = common.prepare(accelerator, module, args, teacher)
     steps = common.total_steps(args, len(examples))
     for step in range(run.resume(steps), steps):
         run.begin(step, optimizer)
@@ -573,7 +573,7 @@ def main(args: Arguments) -> None:
             inputs = common.collate([e.student for e in micro_batch], accelerator.device)
             with common.reduce_gradients(accelerator, module, micro_batch is micro_batches[-1]):
                 loss, parts = module(inputs, teacher_hidden(micro_batch), alignments(micro_batch))
-                # DDP averages gradients over processes: times their number gives the sum.
+                # Gradients are averaged over processes: times their number gives the sum.
                 accelerator.backward(loss * (accelerator.num_processes / tokens))
             sums += parts
             del loss  # frees the graph before the next one is made

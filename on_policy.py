@@ -95,7 +95,7 @@ class Arguments(token_level.Arguments):
 
 
 class OnPolicyLoss(nn.Module):
-    """The student and its loss in one `forward`, through which DDP synchronises gradients."""
+    """The student and its loss in one `forward`, through which gradients are synchronised."""
 
     def __init__(
         self, student: LanguageModel, teacher_head: Head, objective: Objective, estimator: str
@@ -203,8 +203,10 @@ class Rollouts:
         mine = common.my_share(places)
         prompts = [ids for *_, ids in mine]
         seeds = [common.row_seed(args.seed, "rollout", s, row) for s, row, _ in mine]
-        written = common.generate(self.pair.student, prompts, seeds, args, args.rollout_temperature)
-        answers = dict(gather_object([(mine[place][:2], answer) for place, answer in written]))
+        with (student := self.pair.student).evaluating():
+            written = common.generate(student, prompts, seeds, args, args.rollout_temperature)
+            answers = [(mine[place][:2], answer) for place, answer in written]
+        answers = dict(gather_object(answers))
         for s, row, _ in places:
             self.waiting.setdefault(s, (step, []))[1].append(answers[s, row])
 
@@ -285,10 +287,9 @@ class Evaluator(common.Evaluator):
         super().__init__(prompts, pair, args)
         self.pair = pair
 
-    def __call__(self, show: int = 0) -> list[common.Tally]:
-        tallies = super().__call__(show)
-        own = common.gathered(self._own_text())
-        return [tally | more for tally, more in zip(tallies, own, strict=True)]
+    def _tallies(self, show: int) -> dict[int, common.Tally]:
+        tallies, own = super()._tallies(show), self._own_text()
+        return {i: tally | own[i] for i, tally in tallies.items()}
 
     def _own_text(self) -> dict[int, common.Tally]:
         args, student, teacher = self.args, self.student, self.pair.teacher
@@ -298,11 +299,13 @@ class Evaluator(common.Evaluator):
         answers = [answer for _, answer in sorted(written)]
         examples = common.completion_examples(prompts, answers, self.pair, args.max_length)
         tallies = {}
-        for batch in common.length_batches(examples, lambda e: len(e.teacher.ids)):
+        batches = common.length_batches(examples, lambda e: len(e.teacher.ids))
+        # A sharded teacher's forward pass needs every process, so some may get empty batches.
+        most = max(gather_object([len(batches)]))
+        for batch in batches + [[]] * (most - len(batches)):
             inputs = common.collate([e.student for e in batch], student.device)
             theirs = Logits(common.teacher_hidden_states(teacher, batch), teacher.head())
-            with student.evaluating():
-                values = common.compare(student.logits(inputs), inputs.targets, theirs)
+            values = common.compare(student.logits(inputs), inputs.targets, theirs)
             parts = values["kl"].float().cpu().split([len(e.student.targets) for e in batch])
             for example, part in zip(batch, parts, strict=True):
                 index = self.examples[example.index].index
@@ -325,7 +328,7 @@ def main(args: Arguments) -> None:
     run = common.Run("on_policy", args, accelerator, evaluator)
 
     module = OnPolicyLoss(student, teacher.head(), objective, args.estimator)
-    module, optimizer = accelerator.prepare(module, common.make_optimizer(module, args))
+    module, optimizer = common.prepare(accelerator, module, args, teacher)
     steps = common.total_steps(args, len(examples or prompts))
     rollouts = Rollouts(pair, prompts, args, steps, accelerator)
     teacher_length = common.scores(evaluator.teacher_tallies)["response_tokens"]
@@ -344,7 +347,7 @@ def main(args: Arguments) -> None:
             inputs = common.collate([e.student for e in micro_batch], accelerator.device)
             with common.reduce_gradients(accelerator, module, micro_batch is micro_batches[-1]):
                 loss, parts = module(inputs, teacher_hidden(micro_batch, on_policy), on_policy)
-                # DDP averages gradients over processes: times their number gives the sum.
+                # Gradients are averaged over processes: times their number gives the sum.
                 accelerator.backward(loss * (accelerator.num_processes / tokens))
             sums += parts
             del loss  # frees the graph before the next one is made

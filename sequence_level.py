@@ -104,7 +104,7 @@ class Arguments(CommonArguments):
 
 
 class SequenceLevelLoss(nn.Module):
-    """The student and its loss in one `forward`, through which DDP synchronises gradients."""
+    """The student and its loss in one `forward`, through which gradients are synchronised."""
 
     def __init__(self, student: LanguageModel) -> None:
         super().__init__()
@@ -399,7 +399,7 @@ def main(args: Arguments) -> None:
         write_completions(run.directory / "completions.jsonl", examples)
 
     module = SequenceLevelLoss(student)
-    module, optimizer = accelerator.prepare(module, common.make_optimizer(module, args))
+    module, optimizer = common.prepare(accelerator, module, args)
     steps = common.total_steps(args, len(examples))
     for step in range(run.resume(steps), steps):
         run.begin(step, optimizer)
@@ -410,7 +410,7 @@ def main(args: Arguments) -> None:
             inputs = common.collate([e.student for e in micro_batch], accelerator.device)
             with common.reduce_gradients(accelerator, module, micro_batch is micro_batches[-1]):
                 loss, part = module(inputs)
-                # DDP averages gradients over processes: times their number gives the sum.
+                # Gradients are averaged over processes: times their number gives the sum.
                 accelerator.backward(loss * (accelerator.num_processes / tokens))
             total += part
             del loss  # frees the graph before the next one is made
