@@ -55,12 +55,14 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import pandas
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
     LoggerType,
+    align_module_device,
     broadcast_object_list,
     gather_object,
 )
@@ -70,7 +72,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as BackendTokenizer
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -169,6 +170,9 @@ class CommonArguments:
     )
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "the teacher's weights; auto: bfloat16 on a GPU"
+    )
+    teacher_device_map: Literal["none", "auto"] = flag(
+        "none", "auto: spread the teacher's layers over GPUs and, as these are full, CPU memory"
     )
     attn_implementation: str | None = flag(None, "sdpa, eager, flash_attention_2, ...")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, slower")
@@ -629,14 +633,14 @@ class LanguageModel:
     device: torch.device
     digest: str  # identifies weights, configuration, tokenizer, and what limits its vocabulary
     load: Callable[[LanguageModel], PreTrainedModel]
+    spread: bool = False  # over devices, by --teacher-device-map
     states_dir: Path | None = None  # cache of its head and hidden states; None: not cached
     cached_head: Head | None = None  # used while the model is not loaded
     adapters: Any = None  # peft's wrapper of `model`, if LoRA is trained
     has_cache: bool = True  # False: generation reads the whole text for every token
     directory: Path | None = None  # where its files lie
     opens: str = ""  # the tag that its cue for an answer opens: see `opened_tag`
-    # Copies of `model` and `adapters` without weights, if these are sharded: see `whole`.
-    copies: tuple[PreTrainedModel, Any] | None = None
+    copies: tuple[PreTrainedModel, Any] | None = None  # model and adapters for `whole`, if sharded
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
@@ -719,12 +723,11 @@ class LanguageModel:
 
         Autocast keeps the weights that it has converted until its outermost context ends: here.
         """
-        with self.whole():
+        with self.whole(), torch.no_grad(), self.autocast():
             training = self.model.training
             self.model.eval()
             try:
-                with torch.no_grad(), self.autocast():
-                    yield
+                yield
             finally:
                 self.model.train(training)
 
@@ -735,11 +738,10 @@ class LanguageModel:
         if self.copies in (None, sharded):  # not sharded, or whole already
             yield
             return
-        for part, parameter in zip(
-            self.model.parameters(), self.copies[0].parameters(), strict=True
-        ):
-            parameter.data = part.detach().full_tensor()
+        parts = [*self.model.parameters()]
         self.model, self.adapters = self.copies
+        for parameter, part in zip(self.model.parameters(), parts, strict=True):
+            parameter.data = part.detach().full_tensor()
         try:
             yield
         finally:
@@ -883,6 +885,7 @@ def open_model(
 
     compute = getattr(torch, dtype)
     model = LanguageModel(name, tokenizer, config, ends, compute, device, digest, load)
+    model.spread = is_teacher and args.teacher_device_map != "none"
     model.directory = directory_of_model(name, revision)
     model.opens = opened_tag(tokenizer, **options)
     if model.max_positions and args.max_length > model.max_positions:
@@ -902,6 +905,7 @@ def load_weights(
             revision=revision,
             dtype=dtype,
             attn_implementation=args.attn_implementation,
+            device_map="auto" if model.spread else None,
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # they are reported, and refused below by name
@@ -912,9 +916,16 @@ def load_weights(
             f"{model.name} lacks {len(missing)} tensors of the shape that its config.json asks for "
             f"(they would be random); the first is {missing[0]}"
         )
-    weights = weights.to(model.device).eval()
-    loaded = dataclasses.replace(model, load=lambda _: weights, cached_head=None)
+    head, layer = None, weights.get_output_embeddings()
+    if not model.spread:
+        weights.to(model.device)
+    elif layer is not None:  # what the layers return is moved by hooks, the head's weights are not
+        add_hook_to_module(weights.base_model, AlignDevicesHook(io_same_device=True), append=True)
+        with align_module_device(layer, model.device):
+            head = Head(layer.weight.detach(), getattr(layer, "bias", None))
+    loaded = dataclasses.replace(model, load=lambda _: weights.eval(), cached_head=head)
     check_head(loaded)
+    model.cached_head = head or model.cached_head
     model.has_cache = cache_is_exact(loaded)
     if not model.has_cache:
         kind = type(weights).__name__
@@ -1040,6 +1051,11 @@ def freeze_unreached(student: LanguageModel) -> None:
 def load_pair(args: CommonArguments, device: torch.device) -> Pair:
     """Student and teacher; the teacher's weights are loaded only if its head is not cached."""
     teacher = open_model(args, device, "teacher")
+    # Then only the main process loads the teacher, and fills the cache for all.
+    alone = teacher.spread and PartialState().distributed_type != DistributedType.NO
+    if alone and (not args.cache_teacher or hasattr(args, "mix")):
+        raise UsageError("--teacher-device-map is for one process in on_policy.py and with "
+                         "--no-cache-teacher: FSDP shards the teacher")  # fmt: skip
     student = load_student(args, device, teacher.tokenizer.chat_template)
     pair = Pair(student, teacher)
     share_tag(pair)
@@ -1051,7 +1067,12 @@ def load_pair(args: CommonArguments, device: torch.device) -> Pair:
     if args.cache_teacher:
         dtype = str(teacher.compute_dtype).removeprefix("torch.")
         teacher.states_dir = Path(args.cache_dir) / "states" / f"{teacher.digest}-{dtype}"
-        if (path := teacher.states_dir / "head.safetensors").exists():
+        path = teacher.states_dir / "head.safetensors"
+        if alone:
+            with exclusive(teacher.states_dir / "lock"):
+                if PartialState().is_main_process and not path.exists():
+                    save_tensors(path, weight=teacher.head().weight, bias=teacher.head().bias)
+        if path.exists():
             teacher.cached_head = Head(**read_tensors(path, device))
     _ = teacher.cached_head or teacher.model  # loaded now, as the student
     return pair
@@ -1515,9 +1536,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def my_share(items: Sequence[Item]) -> Sequence[Item]:
-    """This process's items: every n-th of n processes, starting at its index."""
-    return items[PartialState().process_index :: PartialState().num_processes]
+def my_share(items: Sequence[Item], alone: bool = False) -> Sequence[Item]:
+    """This process's items: every n-th of n processes, starting at its index. If the main process
+    works `alone`, it gets all of them."""
+    state = PartialState()
+    if alone:
+        return items if state.is_main_process else items[:0]
+    return items[state.process_index :: state.num_processes]
 
 
 def global_batch(items: Sequence[Item], args: CommonArguments, step: int) -> list[Item]:
@@ -1711,7 +1736,7 @@ def cached_completions(
         if not (args.resume and Path(args.output_dir).exists()):  # else its text must not change
             known = {key: c for key, c in known.items() if c.finished is not None}
         missing = {key: i for i, key in enumerate(keys) if key not in known}
-        mine = dict(my_share(list(missing.items())))
+        mine = dict(my_share(list(missing.items()), args.teacher_device_map != "none"))
         PartialState().wait_for_everyone()  # all must divide the same missing keys
         began, tokens = time.perf_counter(), 0
         # One unbuffered write for each line, so that processes that append do not mix their lines.
@@ -1855,7 +1880,8 @@ class TeacherHiddenStates:
         if PartialState().is_main_process and not head_file.exists():
             save_tensors(head_file, weight=head.weight, bias=head.bias)
         by_length = length_batches(examples.items(), lambda item: len(item[1].teacher.ids))
-        mine = my_share([batch for batch in by_length if any(key in missing for key, _ in batch)])
+        lacking = [batch for batch in by_length if any(key in missing for key, _ in batch)]
+        mine = my_share(lacking, teacher.spread)
         with progress(f"teacher states ({purpose})", len(mine)) as bar:
             for batch in mine:
                 hidden = teacher_hidden_states(teacher, [e for _, e in batch])
@@ -2108,25 +2134,22 @@ class Evaluator:
 
     def __call__(self, show: int = 0) -> list[Tally]:
         """One tally per evaluation prompt, on every process; prints `show` answers."""
-        with self.student.evaluating():
-            return gathered(self._tallies(show))
-
-    def _tallies(self, show: int) -> dict[int, Tally]:
         student, prompts = self.student, [e.prompt.student for e in self.examples]
-        answers = generate(student, prompts, [0] * len(prompts), self.args, temperature=0.0)
         tallies = {}
-        for place, answer in answers:
-            i = self.examples[place].index
-            tallies[i] = self._answer_tally(i, answer)
-            if i < show:
-                question = student.tokenizer.decode(prompts[place])
-                line = f"  {question!r}\n    {answer.text!r}  (of {self.references[i]})"
-                PartialState().print(line)
-        for i, batch in enumerate(self.batches):
-            logits = student.logits(collate([e.student for e in batch], student.device))
-            theirs = self.teacher_logits[i] if self.comparable else None
-            self._add_likelihoods(tallies, batch, student, logits, theirs)
-        return tallies
+        with student.evaluating():
+            answers = generate(student, prompts, [0] * len(prompts), self.args, temperature=0.0)
+            for place, answer in answers:
+                i = self.examples[place].index
+                tallies[i] = self._answer_tally(i, answer)
+                if i < show:
+                    question = student.tokenizer.decode(prompts[place])
+                    line = f"  {question!r}\n    {answer.text!r}  (of {self.references[i]})"
+                    PartialState().print(line)
+            for i, batch in enumerate(self.batches):
+                logits = student.logits(collate([e.student for e in batch], student.device))
+                theirs = self.teacher_logits[i] if self.comparable else None
+                self._add_likelihoods(tallies, batch, student, logits, theirs)
+        return gathered(tallies)
 
     def _answer_tally(self, i: int, answer: Completion) -> Tally:
         words = answer.text.split()
@@ -2244,14 +2267,14 @@ def start(script: str, args: CommonArguments) -> Accelerator:
     transformers_logging.disable_progress_bar()
     # accelerate warns of tied weights at every checkpoint, although loading ties them again.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-    sharded = check_launch()
+    fsdp = launched_fsdp()
     # A process may wait long: for the teacher's text, or for another run's. LanguageModel.backbone
     # enters autocast by itself.
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
-    if sharded and accelerator.use_distributed:  # accelerate does not set it on CPUs
+    accelerator = Accelerator(mixed_precision="no", fsdp_plugin=fsdp, kwargs_handlers=[patience])
+    if fsdp and accelerator.use_distributed:  # accelerate itself shards on GPUs only
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        accelerator.state.fsdp_plugin = fsdp
     if (launched := os.environ.get("WORLD_SIZE", "1")) != str(accelerator.num_processes):
         raise UsageError(
             f"{launched} processes were started, but each is alone: without a GPU, set "
@@ -2280,30 +2303,27 @@ def start(script: str, args: CommonArguments) -> Accelerator:
     return accelerator
 
 
-def check_launch() -> bool:
-    """Whether accelerate was told to shard models (FSDP 2); refuses what these scripts lack."""
-    told = {name for name, value in os.environ.items() if value.lower() == "true"}
-    sharded, use = "ACCELERATE_USE_FSDP" in told, "use --use_fsdp --fsdp_version 2 instead"
-    for wrong, message in (
-        ("ACCELERATE_USE_DEEPSPEED" in told, f"DeepSpeed is not supported: {use}"),
-        ("ACCELERATE_USE_MEGATRON_LM" in told, f"Megatron-LM is not supported: {use}"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG" in told, f"--use_parallelism_config: {use}"),
-        (sharded and os.environ.get("FSDP_VERSION") != "2", f"FSDP 1 is not supported: {use}"),
-        (sharded and "FSDP_ACTIVATION_CHECKPOINTING" in told,
-         "--fsdp_activation_checkpointing: use the script's --gradient-checkpointing instead"),
-        (sharded and "FSDP_OFFLOAD_PARAMS" in told, "--fsdp_offload_params is not supported: "
-         "leave it out, and use --gradient-checkpointing or --lora-rank if memory is short"),
-        (sharded and "FSDP_IGNORED_MODULES" in os.environ,
-         "--fsdp_ignored_modules is not supported: leave it out"),
-    ):  # fmt: skip
-        if wrong:
-            raise UsageError(message)
-    if sharded:
-        # Every process loads the whole student, whose weights are checked before it is sharded.
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-        # Read with weights_only=True; of a sharded checkpoint some metadata would be unpickled.
-        os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
-    return sharded
+def launched_fsdp() -> FullyShardedDataParallelPlugin | None:
+    """How models are sharded, if accelerate was told to; refuses what is not supported."""
+    on = {name for name, value in os.environ.items() if value.lower() not in {"", "0", "false"}}
+    refused = {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "FSDP_OFFLOAD_PARAMS",
+               "ACCELERATE_USE_PARALLELISM_CONFIG", "FSDP_IGNORED_MODULES"}  # fmt: skip
+    if wrong := sorted(on & refused):
+        raise UsageError(
+            f"{wrong[0]} is not supported: launch by --use_fsdp --fsdp_version 2 alone"
+        )
+    if "FSDP_ACTIVATION_CHECKPOINTING" in on:
+        raise UsageError("--fsdp_activation_checkpointing: use --gradient-checkpointing instead")
+    if "ACCELERATE_USE_FSDP" not in on:
+        return None
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise UsageError("FSDP 1 is not supported: add --fsdp_version 2")
+    # Whole checkpoints are read with weights_only=True; sharded ones have metadata to be unpickled.
+    # Every process loads the whole student, to check it.
+    return FullyShardedDataParallelPlugin(
+        state_dict_type="FULL_STATE_DICT", cpu_ram_efficient_loading=False,
+        auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+    )  # fmt: skip
 
 
 def check_resume(directory: Path, script: str, args: CommonArguments) -> None:
@@ -2358,8 +2378,7 @@ def prepare(
     """
     if accelerator.is_fsdp2:
         student, plugin = module.student, accelerator.state.fsdp_plugin
-        plugin.auto_wrap_policy = transformer_auto_wrap_policy
-        plugin.transformer_cls_names_to_wrap = sorted(student.layer_kinds())
+        plugin.transformer_cls_names_to_wrap = list(student.layer_kinds())
         parameters = list(student.model.parameters())
         empty = {id(p): nn.Parameter(p.new_empty(0), p.requires_grad) for p in parameters}
         student.copies = copy.deepcopy((student.model, student.adapters), empty)
@@ -2495,9 +2514,7 @@ class Run:
     ) -> None:
         """Record a step, without waiting for its device tensors, and write when that is due."""
         self.tokens += tokens
-        # FSDP's norm of the gradients; `full_tensor` needs all processes, and all log all steps.
-        whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in values.items()}
-        self.pending.append((step, whole, examples))
+        self.pending.append((step, values, examples))
         self.bar.update()
         if step == self.steps or step % self.args.logging_steps == 0:
             self.flush()
@@ -2506,7 +2523,8 @@ class Run:
         """Write what was logged to metrics.jsonl. A non-finite number ends the run."""
         speed = self.tokens / max(time.perf_counter() - self.clock, 1e-9)
         for step, values, examples in self.pending:
-            numbers = {name: float(value) for name, value in values.items()}
+            whole = [v.full_tensor() if isinstance(v, DTensor) else v for v in values.values()]
+            numbers = dict(zip(values, map(float, whole), strict=True))
             if not all(map(math.isfinite, numbers.values())):
                 sources = [e.prompt.conversation.source for part in examples for e in part]
                 sys.exit(
@@ -2593,26 +2611,25 @@ class Run:
             "seconds": self._seconds(),
             "versions": {name: importlib.metadata.version(name) for name in packages},
         }
-        with self.student.whole():
-            if self.accelerator.is_main_process:
-                self._write_results(results)
-        self._close()
-
-    def _write_results(self, results: dict[str, Any]) -> None:
-        rows, unreferenced = results["evaluation"].values()
         table = results_table(results)
         kept = f"the trained weights are in {self._checkpoints()[-1]}; --resume tries again"
-        with usage_error(f"cannot write {self.directory / 'final'} ({kept})", Exception):
-            save_student(self.student, self.directory / "final", self._model_card(table))
-        write_json(self.directory / "results.json", results)
-        draw_curves([self.directory], self.directory / "curves.png")
-        print(table)
-        if unreferenced:
-            print(
-                f"{unreferenced} of {rows} evaluation rows have no reference: "
-                "there exact_match and error_rate compare with the teacher's greedy answer"
-            )
-        print(f"student: {self.directory / 'final'}")
+        with (
+            usage_error(f"cannot write {self.directory / 'final'} ({kept})", Exception),
+            self.student.whole(),
+        ):
+            if self.accelerator.is_main_process:
+                save_student(self.student, self.directory / "final", self._model_card(table))
+        if self.accelerator.is_main_process:
+            write_json(self.directory / "results.json", results)
+            draw_curves([self.directory], self.directory / "curves.png")
+            print(table)
+            if evaluator.unreferenced:
+                print(
+                    f"{evaluator.unreferenced} of {len(after)} evaluation rows have no reference: "
+                    "there exact_match and error_rate compare with the teacher's greedy answer"
+                )
+            print(f"student: {self.directory / 'final'}")
+        self._close()
 
     def _close(self) -> None:
         for tracker in self.accelerator.trackers:

@@ -287,9 +287,10 @@ class Evaluator(common.Evaluator):
         super().__init__(prompts, pair, args)
         self.pair = pair
 
-    def _tallies(self, show: int) -> dict[int, common.Tally]:
-        tallies, own = super()._tallies(show), self._own_text()
-        return {i: tally | own[i] for i, tally in tallies.items()}
+    def __call__(self, show: int = 0) -> list[common.Tally]:
+        with self.student.evaluating():
+            tallies, own = super().__call__(show), common.gathered(self._own_text())
+        return [tally | more for tally, more in zip(tallies, own, strict=True)]
 
     def _own_text(self) -> dict[int, common.Tally]:
         args, student, teacher = self.args, self.student, self.pair.teacher
