@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import csv
 import dataclasses
 import datetime
@@ -55,14 +54,11 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import pandas
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedType,
-    FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
     LoggerType,
-    align_module_device,
     broadcast_object_list,
     gather_object,
 )
@@ -71,8 +67,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as BackendTokenizer
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
@@ -89,6 +83,8 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.chat_template_utils import render_jinja_template
+
+import devices
 
 STARTED = time.perf_counter()  # for the seconds in results.json
 DATA = Path(__file__).resolve().parent / "data"
@@ -738,31 +734,13 @@ class LanguageModel:
         if self.copies in (None, sharded):  # not sharded, or whole already
             yield
             return
-        parts = [*self.model.parameters()]
+        devices.fill(self.copies[0], [*self.model.parameters()])
         self.model, self.adapters = self.copies
-        for parameter, part in zip(self.model.parameters(), parts, strict=True):
-            parameter.data = part.detach().full_tensor()
         try:
             yield
         finally:
-            for parameter in self.model.parameters():
-                parameter.data = parameter.new_empty(0)
+            devices.fill(self.model, [])
             self.model, self.adapters = sharded
-
-    def layer_kinds(self) -> set[str]:
-        """The classes of the layers that FSDP gathers one at a time; refuses a model without."""
-        present = {type(module).__name__ for module in self.model.modules()}
-        if not (kinds := present & set(self.model._no_split_modules or ())):
-            raise UsageError(f"FSDP cannot shard {self.name}: transformers names no layers of it")
-        return kinds
-
-    def shard(self) -> None:
-        """Keep the head, and this process's share of all else, for inference: a forward pass
-        gathers one layer at a time, so every process must run as many."""
-        self.keep_head()
-        for module in [m for m in self.model.modules() if type(m).__name__ in self.layer_kinds()]:
-            fully_shard(module)
-        fully_shard(self.model.base_model, reshard_after_forward=True)
 
     def complete(
         self, prompts: Sequence[Prompt], args: CommonArguments, **sampling: Any
@@ -916,13 +894,12 @@ def load_weights(
             f"{model.name} lacks {len(missing)} tensors of the shape that its config.json asks for "
             f"(they would be random); the first is {missing[0]}"
         )
-    head, layer = None, weights.get_output_embeddings()
-    if not model.spread:
+    head = None
+    if model.spread:
+        head = devices.spread_head(weights, model.device)
+        head = head and Head(*head)
+    else:
         weights.to(model.device)
-    elif layer is not None:  # what the layers return is moved by hooks, the head's weights are not
-        add_hook_to_module(weights.base_model, AlignDevicesHook(io_same_device=True), append=True)
-        with align_module_device(layer, model.device):
-            head = Head(layer.weight.detach(), getattr(layer, "bias", None))
     loaded = dataclasses.replace(model, load=lambda _: weights.eval(), cached_head=head)
     check_head(loaded)
     model.cached_head = head or model.cached_head
@@ -2267,14 +2244,11 @@ def start(script: str, args: CommonArguments) -> Accelerator:
     transformers_logging.disable_progress_bar()
     # accelerate warns of tied weights at every checkpoint, although loading ties them again.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-    fsdp = launched_fsdp()
     # A process may wait long: for the teacher's text, or for another run's. LanguageModel.backbone
     # enters autocast by itself.
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
-    accelerator = Accelerator(mixed_precision="no", fsdp_plugin=fsdp, kwargs_handlers=[patience])
-    if fsdp and accelerator.use_distributed:  # accelerate itself shards on GPUs only
-        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = fsdp
+    with usage_error("cannot start", ValueError):
+        accelerator = devices.start_accelerator(mixed_precision="no", kwargs_handlers=[patience])
     if (launched := os.environ.get("WORLD_SIZE", "1")) != str(accelerator.num_processes):
         raise UsageError(
             f"{launched} processes were started, but each is alone: without a GPU, set "
@@ -2301,29 +2275,6 @@ def start(script: str, args: CommonArguments) -> Accelerator:
             )
     torch.manual_seed(args.seed)  # for the initial weights of adapters
     return accelerator
-
-
-def launched_fsdp() -> FullyShardedDataParallelPlugin | None:
-    """How models are sharded, if accelerate was told to; refuses what is not supported."""
-    on = {name for name, value in os.environ.items() if value.lower() not in {"", "0", "false"}}
-    refused = {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "FSDP_OFFLOAD_PARAMS",
-               "ACCELERATE_USE_PARALLELISM_CONFIG", "FSDP_IGNORED_MODULES"}  # fmt: skip
-    if wrong := sorted(on & refused):
-        raise UsageError(
-            f"{wrong[0]} is not supported: launch by --use_fsdp --fsdp_version 2 alone"
-        )
-    if "FSDP_ACTIVATION_CHECKPOINTING" in on:
-        raise UsageError("--fsdp_activation_checkpointing: use --gradient-checkpointing instead")
-    if "ACCELERATE_USE_FSDP" not in on:
-        return None
-    if os.environ.get("FSDP_VERSION") != "2":
-        raise UsageError("FSDP 1 is not supported: add --fsdp_version 2")
-    # Whole checkpoints are read with weights_only=True; sharded ones have metadata to be unpickled.
-    # Every process loads the whole student, to check it.
-    return FullyShardedDataParallelPlugin(
-        state_dict_type="FULL_STATE_DICT", cpu_ram_efficient_loading=False,
-        auto_wrap_policy="TRANSFORMER_BASED_WRAP",
-    )  # fmt: skip
 
 
 def check_resume(directory: Path, script: str, args: CommonArguments) -> None:
@@ -2370,20 +2321,17 @@ def make_optimizer(model: nn.Module, args: CommonArguments) -> torch.optim.Optim
 def prepare(
     accelerator: Accelerator, module: nn.Module, args: CommonArguments, teacher: Any = None
 ) -> tuple[nn.Module, Any]:
-    """The module around a student, and its optimizer, for the processes that were launched.
-
-    FSDP shards the student layer by layer. Embeddings, final norm and head belong to the module
-    itself: they are gathered when its `forward` begins and stay until its backward pass ends, so
-    that the loss finds them whole. A `teacher` that is loaded is sharded too.
-    """
+    """The module around a student, and its optimizer, for the processes that were launched; FSDP
+    shards the student, and a `teacher` that is loaded."""
     if accelerator.is_fsdp2:
-        student, plugin = module.student, accelerator.state.fsdp_plugin
-        plugin.transformer_cls_names_to_wrap = list(student.layer_kinds())
-        parameters = list(student.model.parameters())
-        empty = {id(p): nn.Parameter(p.new_empty(0), p.requires_grad) for p in parameters}
-        student.copies = copy.deepcopy((student.model, student.adapters), empty)
-        if isinstance(teacher, LanguageModel) and teacher.loaded:
-            teacher.shard()
+        student = module.student
+        with usage_error("cannot shard the models", ValueError):
+            kinds = devices.layer_kinds(student.model)
+            accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(kinds)
+            student.copies = devices.without_weights(student.model, student.adapters)
+            if isinstance(teacher, LanguageModel) and teacher.loaded:
+                teacher.keep_head()
+                devices.shard_for_inference(teacher.model)
     return accelerator.prepare(module, make_optimizer(module, args))
 
 
@@ -2523,8 +2471,7 @@ class Run:
         """Write what was logged to metrics.jsonl. A non-finite number ends the run."""
         speed = self.tokens / max(time.perf_counter() - self.clock, 1e-9)
         for step, values, examples in self.pending:
-            whole = [v.full_tensor() if isinstance(v, DTensor) else v for v in values.values()]
-            numbers = dict(zip(values, map(float, whole), strict=True))
+            numbers = {name: devices.number(value) for name, value in values.items()}
             if not all(map(math.isfinite, numbers.values())):
                 sources = [e.prompt.conversation.source for part in examples for e in part]
                 sys.exit(

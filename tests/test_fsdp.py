@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import common
+import devices
 import token_level
 
 # A script that also leaves in NAME-PROCESS.pt what the process holds after the first backward pass,
@@ -295,13 +296,14 @@ def test_a_teacher_spread_by_a_device_map_is_the_same_teacher(tmp_path, monkeypa
 def test_launches_that_are_not_supported_are_refused(monkeypatch, told, message):
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(common.UsageError, match=message):
+    with pytest.raises(common.UsageError, match=f"cannot start: .*{message}"):
         common.start("token_level", token_level.Arguments())
 
 
 def test_a_model_without_named_layers_is_refused(tiny):
     """Without layers a forward pass would gather all weights at once."""
-    model = tiny("llama")
-    model.model._no_split_modules = None
-    with pytest.raises(common.UsageError, match=r"FSDP cannot shard llama-0: .* names no layers"):
-        model.layer_kinds()
+    model = tiny("llama").model
+    assert devices.layer_kinds(model) == {"LlamaDecoderLayer"}
+    model._no_split_modules = None
+    with pytest.raises(ValueError, match="names no layers of LlamaForCausalLM"):
+        devices.layer_kinds(model)

@@ -13,8 +13,6 @@ from typing import Any
 import byte_models
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState
 from byte_models import byte_tokenizer, edit, llama, rows_of, small_run, write, write_rows
 from conftest import ROOT, run_in_process
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -246,17 +244,3 @@ def test_logits_that_are_not_finite(dtype: str, reason: str, tmp_path: Path):
     teacher = common.open_model(args, torch.device("cpu"), "teacher")
     with pytest.raises(common.UsageError, match=f"torch.{dtype} that are not finite: .*{reason}"):
         _ = teacher.model
-
-
-def test_models_that_are_divided_between_processes_are_refused(monkeypatch):
-    """Before any work: training would run, and the first evaluation would fail."""
-
-    def divided(**options: Any) -> Accelerator:
-        accelerator = Accelerator(**options)
-        accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
-        return accelerator
-
-    monkeypatch.setattr(common, "Accelerator", divided)
-    with pytest.raises(common.UsageError, match="launch without FSDP"):
-        run_in_process(token_level)
-    AcceleratorState._reset_state(True)
