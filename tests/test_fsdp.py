@@ -107,6 +107,9 @@ def command(script: str, name: str, processes: int, *flags: str) -> list[str]:
     }  # fmt: skip
     given = [str(part) for flag, value in options.items() for part in (f"--{flag}", value)]
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    if script == "cross_tokenizer":  # as the README starts it
+        start = ["-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version=2",
+                 f"--num_processes={processes}", "--main_process_port=0"]  # fmt: skip
     return [sys.executable, *start, "script.py", *given, *flags, script, name]
 
 
