@@ -39,7 +39,11 @@ import common
 
 name, script = sys.argv.pop(), importlib.import_module(sys.argv.pop())
 clip, prepare, finish = accelerate.Accelerator.clip_grad_norm_, common.prepare, common.Run.finish
-kept, left = {{}}, {{"gradients": None}}
+load_weights, kept, left = common.load_weights, {{"loads": []}}, {{"gradients": None}}
+
+def load_and_note(model, *rest):
+    kept["loads"].append(model.name)
+    return load_weights(model, *rest)
 
 def prepare_and_keep(accelerator, module, args, teacher=None):
     kept["teacher"] = teacher
@@ -58,10 +62,9 @@ def clip_and_keep(self, parameters, *rest):
         left["gradients"] = torch.cat([g.flatten() for g in whole])
         own, teacher = {{"student": held(kept["module"])}}, kept["teacher"]
         own["units"] = sum(isinstance(m, FSDPModule) for m in kept["module"].modules())
-        if teacher is not None:
-            own["loaded"] = teacher.loaded
-            if teacher.loaded:
-                own["teacher"], own["head"] = held(teacher.model), teacher.head().weight.numel()
+        own["loads"] = kept["loads"]
+        if teacher is not None and teacher.loaded:
+            own["teacher"], own["head"] = held(teacher.model), teacher.head().weight.numel()
         torch.save(own, f"{{name}}-{{self.process_index}}.pt")
     return clip(self, parameters, *rest)
 
@@ -74,6 +77,7 @@ def finish_and_keep(self, **more):
 
 accelerate.Accelerator.clip_grad_norm_ = clip_and_keep
 common.prepare, common.Run.finish = prepare_and_keep, finish_and_keep
+common.load_weights = load_and_note
 common.length_batches.__defaults__ = (32,)  # so that the processes evaluate 4 and 3 batches
 common.launch(script.main, script.Arguments, "")
 """
@@ -232,7 +236,8 @@ def test_with_a_device_map_one_process_fills_the_cache(place, runs):
     """Only the main process loads the teacher; the student is trained as with a live teacher."""
     flags = ["--gradient-checkpointing", "--teacher-device-map", "auto", "--cache-dir", "cache-map"]
     _, lines = train(place, "token_level", "map", 2, *flags)
-    assert [torch.load(place / f"map-{i}.pt")["loaded"] for i in (0, 1)] == [False, False]
+    loads = [torch.load(place / f"map-{i}.pt")["loads"] for i in (0, 1)]
+    assert loads == [["student", "teacher"], ["student"]]
     assert lines == [pytest.approx(line, rel=1e-4) for line in runs("token_level")[1]]
     started = (place / "map/metrics.jsonl").stat().st_mtime
     states = list((place / "cache-map/states").glob("*/states-*.safetensors"))
