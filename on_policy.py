@@ -205,8 +205,7 @@ class Rollouts:
         seeds = [common.row_seed(args.seed, "rollout", s, row) for s, row, _ in mine]
         with (student := self.pair.student).evaluating():
             written = common.generate(student, prompts, seeds, args, args.rollout_temperature)
-            answers = [(mine[place][:2], answer) for place, answer in written]
-        answers = dict(gather_object(answers))
+            answers = dict(gather_object([(mine[place][:2], answer) for place, answer in written]))
         for s, row, _ in places:
             self.waiting.setdefault(s, (step, []))[1].append(answers[s, row])
 
@@ -261,8 +260,7 @@ class RolloutMonitor:
         if not self.measured or (step + 1) % self.args.logging_steps:
             return
         length, student, teacher = torch.stack(self.measured).mean(0).tolist()
-        self.measured, problems = [], {}
-        usual = self.teacher_length
+        self.measured, problems, usual = [], {}, self.teacher_length
         if length > 2 * usual:
             problems["length"] = f"answers have {length:.0f} tokens, the teacher's {usual:.0f}"
         if student < 0.2 * teacher:
@@ -279,8 +277,7 @@ class Evaluator(common.Evaluator):
     """Scores on the student's own text beside those of `common.Evaluator`.
 
     On answers that it samples at T = 1 to the same prompts: `kl_on_own_text`, KL(teacher ‖ student)
-    in nats per token, and `exposure_bias`, its ratio to `kl_to_teacher`, the same on the teacher's
-    text: above 1 if the student follows its teacher less well after its own words.
+    in nats per token, and `exposure_bias`, its ratio to `kl_to_teacher`: above 1 if it is worse.
     """
 
     def __init__(self, prompts: list[common.Prompt], pair: common.Pair, args: Arguments) -> None:
@@ -301,16 +298,15 @@ class Evaluator(common.Evaluator):
         examples = common.completion_examples(prompts, answers, self.pair, args.max_length)
         tallies = {}
         batches = common.length_batches(examples, lambda e: len(e.teacher.ids))
-        # A sharded teacher's forward pass needs every process, so some may get empty batches.
-        most = max(gather_object([len(batches)]))
+        most = max(gather_object([len(batches)]))  # a sharded teacher needs all processes
         for batch in batches + [[]] * (most - len(batches)):
             inputs = common.collate([e.student for e in batch], student.device)
             theirs = Logits(common.teacher_hidden_states(teacher, batch), teacher.head())
             values = common.compare(student.logits(inputs), inputs.targets, theirs)
             parts = values["kl"].float().cpu().split([len(e.student.targets) for e in batch])
-            for example, part in zip(batch, parts, strict=True):
-                index = self.examples[example.index].index
-                tallies[index] = {"own_kl": part.sum().item(), "own_tokens": len(part)}
+            for e, part in zip(batch, parts, strict=True):
+                tally = {"own_kl": part.sum().item(), "own_tokens": len(part)}
+                tallies[self.examples[e.index].index] = tally
         return tallies
 
 

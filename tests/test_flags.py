@@ -193,8 +193,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("sequence_level", {"api_base_url": "https://h/v1"}, "--api-base-url"),
 ]  # fmt: skip
 
-# Where a run goes, and what is asked of a server: test_resume.py, test_errors.py and test_api.py.
-ELSEWHERE = {"output_dir", "cache_dir"}
+# Where a run goes, and what is asked of a server: test_resume.py, test_errors.py and test_api.py;
+# where a teacher lies: test_fsdp.py.
+ELSEWHERE = {"output_dir", "cache_dir", "teacher_device_map"}
 
 
 def test_every_flag_is_in_a_table():

@@ -84,7 +84,7 @@ common.launch(script.main, script.Arguments, "")
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 CASES = {
     "token_level": ["--no-cache-teacher", "--gradient-checkpointing"],
-    "on_policy": ["--student", "tied", "--rollout-steps", "2", "--mix", "0.7"],
+    "on_policy": ["--student", "tied", "--rollout-temperature", "0", "--rollout-steps", "2"],
     "cross_tokenizer": ["--no-cache-teacher", "--lora-rank", "4"],
     "sequence_level": ["--completions", "dataset", "--lora-rank", "4", "--gradient-checkpointing"],
 }
