@@ -636,7 +636,7 @@ class LanguageModel:
     has_cache: bool = True  # False: generation reads the whole text for every token
     directory: Path | None = None  # where its files lie
     opens: str = ""  # the tag that its cue for an answer opens: see `opened_tag`
-    copies: tuple[PreTrainedModel, Any] | None = None  # model and adapters for `whole`, if sharded
+    copies: tuple[PreTrainedModel, Any] | None = None  # of model and adapters: `inference_copy`
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
@@ -715,11 +715,9 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Eval mode, without gradients and gradient checkpointing (which allows no KV cache).
-
-        Autocast keeps the weights that it has converted until its outermost context ends: here.
-        """
-        with self.whole(), torch.no_grad(), self.autocast():
+        """Eval mode, without gradients and gradient checkpointing (which allows no KV cache), on
+        weights in `compute_dtype`: see `inference_copy`."""
+        with self.inference_copy(self.compute_dtype), torch.no_grad():
             training = self.model.training
             self.model.eval()
             try:
@@ -728,19 +726,24 @@ class LanguageModel:
                 self.model.train(training)
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        """All weights of a sharded model in this process; every process must enter together."""
-        sharded = self.model, self.adapters
-        if self.copies in (None, sharded):  # not sharded, or whole already
+    def inference_copy(self, dtype: torch.dtype | None = None) -> Iterator[None]:
+        """`model` and `adapters` with all weights in this process, in `dtype` or their own.
+
+        Unless they are that already, they are copies until the context ends, which take the memory
+        of these weights. Of a sharded model, every process must enter together.
+        """
+        trained, empty = (self.model, self.adapters), self.copies
+        if empty == trained or (empty is None and dtype in (None, self.model.dtype)):
             yield
             return
-        devices.fill(self.copies[0], [*self.model.parameters()])
-        self.model, self.adapters = self.copies
+        self.copies = empty or devices.without_weights(*trained)
         try:
+            devices.fill(self.copies[0], self.model, dtype)
+            self.model, self.adapters = self.copies
             yield
         finally:
-            devices.fill(self.model, [])
-            self.model, self.adapters = sharded
+            devices.fill(self.copies[0], None)
+            (self.model, self.adapters), self.copies = trained, empty
 
     def complete(
         self, prompts: Sequence[Prompt], args: CommonArguments, **sampling: Any
@@ -953,7 +956,8 @@ def cache_is_exact(model: LanguageModel) -> bool:
     with model.evaluating():
         expected = model.logits(batch)[:]  # (4 + 16, V)
         try:
-            _generate_batch(dataclasses.replace(model, end_ids=[0]), prompts, draws, choose)
+            tried = dataclasses.replace(model, end_ids=[0], load=lambda _: model.model)
+            _generate_batch(tried, prompts, draws, choose)
         except Exception:  # a model may raise whatever it likes about its cache
             return False
     logits = torch.stack([x[0] for x in steps[:4]] + [x[-1] for x in steps])
@@ -1626,6 +1630,13 @@ def generate(
             yield i, Completion(text, finished, len(response), response)
 
 
+class PaddedCache(DynamicCache):
+    """For which transformers makes a mask at every token. Else it asks the device each time whether
+    the mask is needed, and waits for the answer."""
+
+    is_compileable = True
+
+
 def _generate_batch(
     model: LanguageModel, prompts: list[list[int]], draws: Tensor,
     choose: Callable[[Tensor, Tensor], Tensor],
@@ -1639,21 +1650,24 @@ def _generate_batch(
     device, longest = model.device, model.max_positions or sys.maxsize
     lengths = torch.tensor([len(p) for p in prompts])
     width = int(lengths.max())
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # (B, L)
-    mask = (torch.arange(width) >= width - lengths[:, None]).long().to(device)  # (B, L)
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])  # (B, L)
+    mask = (torch.arange(width) >= width - lengths[:, None]).long()  # (B, L)
+    limits = (longest - lengths).clamp_max(draws.shape[1])
+    draws = draws.float() if device.type == "mps" else draws
+    inputs = ids, mask, limits, draws, torch.tensor(model.end_ids)
+    ids, mask, limits, draws, ends = (to_device(tensor, device) for tensor in inputs)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    draws = draws.to(device, torch.float32 if device.type == "mps" else torch.float64)
-    limits = (longest - lengths).clamp_max(draws.shape[1]).to(device)
     responses = torch.full(draws.shape, -1, device=device)  # (B, longest response), -1 not written
-    ends = torch.tensor(model.end_ids, device=device)
     rows = torch.arange(len(prompts), device=device)  # those that are still generated
     done = torch.zeros_like(rows, dtype=torch.bool)
     head = model.head().cast(model.compute_dtype)
-    cache = DynamicCache(config=model.config.get_text_config() if model.has_cache else None)
+    padded = width > min(lengths)
+    kind = PaddedCache if padded and device.type == "cuda" else DynamicCache
+    cache = kind(config=model.config.get_text_config() if model.has_cache else None)
     for step in range(draws.shape[1]):
         if model.has_cache:
             # Layers that keep a state instead of keys have taken the padding into account.
-            visible = None if step and all(cache.is_linear) else mask
+            visible = mask if padded and not (step and all(cache.is_linear)) else None
             hidden = model.backbone(
                 input_ids=ids, attention_mask=visible, position_ids=positions, cache=cache,
                 use_cache=True,
@@ -2562,7 +2576,7 @@ class Run:
         kept = f"the trained weights are in {self._checkpoints()[-1]}; --resume tries again"
         with (
             usage_error(f"cannot write {self.directory / 'final'} ({kept})", Exception),
-            self.student.whole(),
+            self.student.inference_copy(),
         ):
             if self.accelerator.is_main_process:
                 save_student(self.student, self.directory / "final", self._model_card(table))

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import FullyShardedDataParallelPlugin, align_module_device
@@ -74,10 +76,25 @@ def without_weights(model: nn.Module, *others: Any) -> Any:
     return copy.deepcopy((model, *others), empty)
 
 
-def fill(model: nn.Module, parts: Sequence[Tensor]) -> None:
-    """Gather the parts of a sharded model into a copy of it, in every process; [] empties it."""
-    for i, parameter in enumerate(model.parameters()):
-        parameter.data = parts[i].detach().full_tensor() if parts else parameter.new_empty(0)
+def fill(model: nn.Module, source: nn.Module | None, dtype: torch.dtype | None = None) -> None:
+    """Gather the weights of `source` into its copy, in every process; None empties the copy.
+
+    They get `dtype` as if they were loaded in it: transformers exempts some, such as routers, and
+    computes buffers that are not saved, such as rotary frequencies, in float32.
+    """
+    if source is None:
+        for parameter in model.parameters():
+            parameter.data = parameter.new_empty(0)
+        return
+    saved = model.state_dict().keys()
+    exempt = [re.compile(k.replace("*", ".*")) for k in source._keep_in_fp32_modules_strict or ()]
+    targets, sources = ([*m.named_parameters(), *m.named_buffers()] for m in (model, source))
+    for (name, target), (_, weight) in zip(targets, sources, strict=True):
+        part = weight.detach()
+        if dtype and name in saved and part.is_floating_point():
+            name = name.replace(".base_layer", "")  # peft's name for an adapted layer
+            part = part if any(kind.search(name) for kind in exempt) else part.to(dtype)
+        target.data = part.full_tensor() if isinstance(part, DTensor) else part
 
 
 def number(value: Any) -> float:
