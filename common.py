@@ -953,7 +953,7 @@ def cache_is_exact(model: LanguageModel) -> bool:
         steps.append(logits)
         return given.long()
 
-    with model.evaluating():
+    with usage_error(f"cannot use {model.name}", RuntimeError), model.evaluating():
         expected = model.logits(batch)[:]  # (4 + 16, V)
         try:
             tried = dataclasses.replace(model, end_ids=[0], load=lambda _: model.model)
@@ -1630,9 +1630,8 @@ def generate(
             yield i, Completion(text, finished, len(response), response)
 
 
-class PaddedCache(DynamicCache):
-    """For which transformers makes a mask at every token. Else it asks the device each time whether
-    the mask is needed, and waits for the answer."""
+class MaskedCache(DynamicCache):
+    """Lets transformers mask every token. It would ask a GPU each time whether any is padding."""
 
     is_compileable = True
 
@@ -1661,13 +1660,12 @@ def _generate_batch(
     rows = torch.arange(len(prompts), device=device)  # those that are still generated
     done = torch.zeros_like(rows, dtype=torch.bool)
     head = model.head().cast(model.compute_dtype)
-    padded = width > min(lengths)
-    kind = PaddedCache if padded and device.type == "cuda" else DynamicCache
+    kind = MaskedCache if device.type == "cuda" else DynamicCache
     cache = kind(config=model.config.get_text_config() if model.has_cache else None)
     for step in range(draws.shape[1]):
         if model.has_cache:
             # Layers that keep a state instead of keys have taken the padding into account.
-            visible = mask if padded and not (step and all(cache.is_linear)) else None
+            visible = None if step and all(cache.is_linear) else mask
             hidden = model.backbone(
                 input_ids=ids, attention_mask=visible, position_ids=positions, cache=cache,
                 use_cache=True,

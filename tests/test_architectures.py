@@ -5,6 +5,7 @@ The truth is the model's own logits for one text alone: no batch, no padding, no
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,30 @@ def test_rounding_is_no_reason_to_do_without_a_cache(kind: str, tmp_path: Path):
         patch.setattr(LanguageModel, "backbone", lambda self, **inputs: without_mask(**inputs))
         assert not student.has_cache or not common.cache_is_exact(student)
     assert not student.has_cache or False in masked
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_inference_copy_is_the_model_loaded_in_bfloat16(kind, tmp_path: Path, monkeypatch):
+    """Its dtypes and logits are those that transformers gives the same files: routers and rotary
+    frequencies stay in float32. The trained weights stay as they were. The copy generates text with
+    the GPU's cache, too."""
+    directory = save(tmp_path, kind)
+    student = student_of(directory, dtype="bfloat16")
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    trained, before = student.model, copy.deepcopy(student.model.state_dict())
+    with student.evaluating():
+        assert student.model is not trained
+        dtypes = [{n: p.dtype for n, p in m.named_parameters()} for m in (student.model, loaded)]
+        assert dtypes[0] == dtypes[1]
+        ours, theirs = (logits_alone(m, EXAMPLES[1].ids, V) for m in (student.model, loaded))
+    assert student.model is trained
+    monkeypatch.setattr(common, "DynamicCache", common.MaskedCache)
+    assert common.cache_is_exact(student)
+    assert all(torch.equal(before[name], t) for name, t in trained.state_dict().items())
+    if kind == "falcon_h1":  # a vector of constants, which is not saved, stays in float32
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+    else:
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -6,6 +6,7 @@ Skipped where the emulation is not there; it lies beside the repository, in shar
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,38 @@ def test_training_steps_on_a_gpu(tmp_path: Path, shared_cache: Path, script: str
     waiting = {sync["line"] for sync in found["syncs"]}
     inside = ("chunked_loss", "forward", "loss_and_gradient", "divergence", "piece_loss", "collate")
     assert not [line for line in waiting if any(name in line for name in inside)]
+
+
+@pytest.fixture(scope="module")
+def decoding() -> dict:
+    """For each architecture and kind of prompts, what generating 32 tokens asked of the device."""
+    paths = os.pathsep.join([str(EMULATION.parent), os.environ.get("PYTHONPATH", "")])
+    kinds = ["llama", "qwen2", "mistral", "gemma3_text", "gpt2", "bloom", "qwen3_5_text", "mamba"]
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("emulated_decoding.py"), *kinds],
+        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=1800,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert list(found) == kinds
+    return found
+
+
+@pytest.mark.parametrize("prompts", ["padded", "equal"])
+def test_decoding_waits_once_in_eight_tokens(decoding: dict, prompts: str):
+    """To see which rows have finished. A batch also waits for its text and, in transformers, at its
+    first token: whether a mask is needed, and for the width of a sliding window."""
+    for kind, found in decoding.items():
+        assert sum(found[prompts]["more"].values()) == 4, (kind, found[prompts])
+        assert all("nonzero" in line for line in found[prompts]["more"]), kind
+        assert sum(found[prompts]["first"].values()) <= 4, (kind, found[prompts])
+        assert all("tolist" in line or "transformers" in line for line in found[prompts]["first"])
+
+
+def test_decoding_in_the_compute_dtype(decoding: dict):
+    """Keys and values are bfloat16, and no weights are converted after the copy is made."""
+    for kind, found in decoding.items():
+        caches = [] if kind == "mamba" else ["bfloat16"]
+        assert [part["caches"] for part in found.values()] == [caches] * 2, kind
+    for part in decoding["llama"].values():
+        assert part["converted"] < 0.5 * part["weights"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import generate, language_model, score, tiny_model
-from transformers import AutoTokenizer
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import common
+import devices
 import token_level
 from common import Completion, Conversation, LanguageModel, Pair, Prompt, UsageError
 
@@ -214,6 +218,110 @@ def test_answers_stop_where_positions_end(tiny):
     assert len(answers[1].ids) == len(answers[2].ids) == 12
     assert 4 <= len(answers[0].ids) <= 5  # the last token is not read, so it needs no position
     assert answers[2] == write(model, prompts[2:], max_new_tokens=12, temperature=0.0)[0]
+
+
+def in_half_precision(model: LanguageModel) -> LanguageModel:
+    """Its weights stay as they are; it computes in bfloat16."""
+    weights = model.model
+    return dataclasses.replace(model, load=lambda _: weights, compute_dtype=torch.bfloat16)
+
+
+def test_in_float32_evaluation_uses_the_model_itself(tiny, monkeypatch):
+    monkeypatch.setattr(devices, "without_weights", None)
+    model = tiny("llama")
+    trained = model.model
+    with model.evaluating():
+        assert model.model is trained
+        write(model, prompts_of(3))
+
+
+def test_generation_uses_weights_in_the_compute_dtype(tiny, tmp_path, monkeypatch):
+    """Keys and values in bfloat16; no weight is converted once the copy is made; the text is
+    that of the model loaded in bfloat16; the next copy has the weights of its time."""
+    model, prompts, copies = in_half_precision(tiny("llama")), prompts_of(6), []
+    make = devices.without_weights
+    monkeypatch.setattr(devices, "without_weights", lambda *m: copies.append(1) or make(*m))
+    update, dtypes, converted, weights = DynamicCache.update, set(), [], set()
+
+    def noted(self, keys: Tensor, values: Tensor, *rest, **more):
+        dtypes.update({keys.dtype, values.dtype})
+        return update(self, keys, values, *rest, **more)
+
+    monkeypatch.setattr(DynamicCache, "update", noted)
+
+    class Conversions(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in weights:
+                converted.append(tuple(args[0].shape))
+            return func(*args, **(kwargs or {}))
+
+    texts = []
+    for scale in (1.0, 1.5):
+        with torch.no_grad():
+            model.model.get_input_embeddings().weight.mul_(scale)
+        model.model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        with model.evaluating():
+            weights = {p.data_ptr() for p in model.model.parameters()}
+            with Conversions():
+                texts.append(write(model, prompts))
+        assert texts[-1] == write(language_model(loaded, model.tokenizer, "half"), prompts)
+    assert texts[0] != texts[1] and len(copies) == 2
+    assert dtypes == {torch.bfloat16}
+    head = tuple(model.head().weight.shape)  # a CPU has no such product with a float32 result
+    assert converted == [head] * 2
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_training_weights_survive_an_evaluation_that_fails(tiny, adapted: bool):
+    """The same objects and bits, in train mode, with checkpointing; optimizer steps go on."""
+    model = in_half_precision(tiny("llama"))
+    if adapted:
+        pytest.importorskip("peft")
+        common.add_adapters(model, 2)
+        for name, parameter in model.model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+    model.model.train()
+    model.model.activation_checkpointing_enable()
+    trained, adapters = model.model, model.adapters
+    before = {n: (p, p.detach().clone()) for n, p in trained.named_parameters()}
+    logits = common.with_response([5, 6, 7], [8, 9])
+    batch = common.collate([logits], model.device)
+    with torch.no_grad():
+        right = model.logits(batch)[:]  # by autocast
+    with pytest.raises(ZeroDivisionError), model.evaluating():
+        assert model.model is not trained and not model.model.training
+        assert (model.adapters is not adapters) == adapted
+        assert {p.dtype for p in model.model.parameters()} == {torch.bfloat16}
+        close = (model.logits(batch)[:] - right).std() / right.std()
+        assert 0 < close < 0.03  # adapters included
+        with pytest.raises(KeyError), model.evaluating():  # no copy of the copy
+            raise KeyError
+        assert model.model is not trained
+        raise ZeroDivisionError
+    assert model.model is trained and model.adapters is adapters and model.copies is None
+    assert trained.training and trained.model.layers[0].gradient_checkpointing
+    for name, parameter in trained.named_parameters():
+        assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
+    model.logits(batch)[:].sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in trained.parameters())
+
+
+def test_a_copy_that_does_not_fit_leaves_the_model(tiny, monkeypatch):
+    model = in_half_precision(tiny("llama"))
+    trained, fill = model.model, devices.fill
+
+    def too_large(copied: nn.Module, source: nn.Module | None, *rest: object) -> None:
+        fill(copied, source, *rest)
+        if source is not None:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(devices, "fill", too_large)
+    with pytest.raises(torch.OutOfMemoryError), model.evaluating():
+        pass
+    assert model.model is trained and model.copies is None
+    assert all(p.numel() for p in trained.parameters())
 
 
 def test_nothing_to_generate(tiny):
