@@ -67,6 +67,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as BackendTokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -160,6 +162,9 @@ class CommonArguments:
     seed: int = flag(0, "determines data order, held-out rows and every sampled token")
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto", "the student's autocast dtype (its weights are float32); auto: bfloat16 on a GPU"
+    )
+    head_dtype: Literal["auto", "float32"] = flag(
+        "auto", "products with the student's head; auto: as --dtype on a GPU, float32 on a CPU"
     )
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "the teacher's weights; auto: bfloat16 on a GPU"
@@ -544,30 +549,37 @@ def generator_for(seed: int, purpose: str, index: int = 0) -> torch.Generator:
 class Head(NamedTuple):
     """The output layer: logits = softcap(scale · (hidden @ weightᵀ + bias))."""
 
-    weight: Tensor  # (V, d)
+    weight: Tensor  # (V, d); (V + padding, d) after `cast`
     bias: Tensor | None = None  # (V,)
     scale: float = 1.0
     softcap: float | None = None
+    padding: int = 0
 
     def cast(self, dtype: torch.dtype) -> Head:
-        """With its weight converted once: to `dtype` on CUDA, to float32 or wider elsewhere."""
-        if not self.weight.is_cuda:  # no half-precision product with a float32 result there
-            wide = torch.promote_types(torch.float32, self.weight.dtype)
-            dtype = torch.promote_types(dtype, wide)
-        return self._replace(weight=self.weight.to(dtype))
+        """With its weight in float32 or wider; on CUDA in `dtype`, copied once for every optimizer
+        step, and padded by zeros to 64·k rows, because products of odd sizes are slow."""
+        weight, missing = self.weight, -len(self.weight) % 64 if dtype.itemsize == 2 else 0
+        if not weight.is_cuda:  # no half-precision product with a float32 result there
+            wide = torch.promote_types(dtype, torch.promote_types(torch.float32, weight.dtype))
+            return self._replace(weight=weight.to(wide))
+        if weight.dtype == dtype and not missing:
+            return self
+        source, key = weight if weight._base is None else weight._base, (weight._version, dtype)
+        if _casts.get(source, [None])[0] != key:
+            _casts[source] = key, F.pad(weight.detach().to(dtype), (0, 0, 0, missing))
+        return self._replace(weight=_casts[source][1], padding=missing)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (n, d) to logits (n, V) in float32 or wider."""
         logits = matmul_fp32(hidden, self.weight)
+        logits = logits[:, : -self.padding] if self.padding else logits
         logits = logits if self.bias is None else logits + self.bias
         logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def undo_scaling(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
-        """The gradient (n, V) at the logits to that before scale and softcap."""
-        if self.softcap is not None:  # the only use of `logits`
-            gradient = gradient * (1 - (logits / self.softcap).square())
-        return gradient if self.scale == 1.0 else gradient * self.scale
+
+_casts = WeakIdKeyDictionary()  # by weight: see `Head.cast`. FSDP's updates change no `_version`.
+register_optimizer_step_post_hook(lambda *_: _casts.clear())
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -593,7 +605,7 @@ class Logits:
         return self.head.logits(self.hidden[rows].to(self.head.weight.device))
 
     def cast(self) -> Logits:
-        """With the head's weight converted once instead of for every chunk."""
+        """With the head's weight in the dtype of the products: see `Head.cast`."""
         return Logits(self.hidden, self.head.cast(self.hidden.dtype))
 
     def chunks(self) -> list[slice]:
@@ -629,6 +641,7 @@ class LanguageModel:
     has_cache: bool = True  # False: generation reads the whole text for every token
     directory: Path | None = None  # where its files lie
     opens: str = ""  # the tag that its cue for an answer opens: see `opened_tag`
+    exact_head: bool = False  # float32 products with the head on CUDA too
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
@@ -700,7 +713,9 @@ class LanguageModel:
         float32 would take longer than all else; in `compute_dtype` they are summed in float32.
         """
         hidden = self.hidden_states(batch)
-        return Logits(hidden.to(self.compute_dtype) if hidden.is_cuda else hidden, self.head())
+        if hidden.is_cuda:
+            hidden = hidden.to(torch.float32 if self.exact_head else self.compute_dtype)
+        return Logits(hidden, self.head())
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -837,6 +852,7 @@ def open_model(
 
     compute = getattr(torch, dtype)
     model = LanguageModel(name, tokenizer, config, ends, compute, device, digest, load)
+    model.exact_head = not is_teacher and args.head_dtype == "float32"
     model.directory = directory_of_model(name, revision)
     model.opens = opened_tag(tokenizer, **options)
     if model.max_positions and args.max_length > model.max_positions:
@@ -1899,36 +1915,69 @@ def divergence(
     return value, student * (slope - (student * slope).sum(-1, keepdim=True))
 
 
+COMPILED_FROM = 2**14  # vocabulary on a CPU; a smaller one hardly repays ten seconds of compiling
+
+
+@functools.cache
+def compiled(device: str, vocabulary: int) -> Callable | None:
+    """`gradient_of_piece` compiled, if that pays; None, said once, without a compiler."""
+    if device != "cuda" and (device != "cpu" or vocabulary < COMPILED_FROM):
+        return None
+    try:
+        if device == "cuda" and not find_spec("triton"):
+            raise ImportError("triton is not installed")
+        torch.compile(torch.square)(torch.ones(2, device=device))
+    except Exception as problem:  # of the compiler, the linker, their files
+        return PartialState().print(f"the loss is not compiled, so it is slower: {problem!r:.200}")
+    return torch.compile(gradient_of_piece, fullgraph=True)
+
+
+def gradient_of_piece(
+    body: Callable, head: Head, dtype: torch.dtype, logits: list[Tensor | None], inputs: tuple
+) -> tuple[Tensor, Tensor]:
+    """What `chunked_loss` computes between a piece's products: the sums (2,), and in `dtype` the
+    gradient at `hidden @ weightᵀ`. Empties `logits`, so that `body` can free the arrays."""
+    capped = None if head.softcap is None else logits[0]
+    sums, gradient = body(logits.pop(0), logits.pop(), inputs)
+    if head.softcap is not None:
+        gradient = gradient * (1 - (capped / head.softcap).square())
+    gradient = (gradient if head.scale == 1 else gradient * head.scale).to(dtype)
+    return sums, F.pad(gradient, (0, head.padding)) if head.padding else gradient
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """See `chunked_loss`. Backward *returns* the gradients and writes no `.grad`, so that tied
     embeddings add up and DDP reduces them once."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, pieces, loss_and_gradient):
+    def forward(ctx, hidden, weight, bias, head, teacher, pieces, body, pure):
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        head = head._replace(weight=weight, bias=bias).cast(hidden.dtype)
-        wanted = ctx.needs_input_grad
+        head, wanted = head.cast(hidden.dtype), ctx.needs_input_grad
         grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        grad_weight = torch.zeros_like(head.weight, dtype=wide) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if wanted[2] else None
         sums = torch.zeros(2, dtype=wide, device=hidden.device)
-        for rows, piece in pieces:
-            # Popped, so that `loss_and_gradient` alone holds the logits and can free them.
-            logits = [head.logits(hidden[rows])]
-            capped = None if head.softcap is None else logits[0]
-            part, gradient = loss_and_gradient(logits.pop(), piece)
+        fast = compiled(hidden.device.type, len(weight)) if pure else None
+        form = body, head._replace(weight=None, bias=None), hidden.dtype
+        adds_to_float32 = hidden.is_cuda and torch.version.cuda and torch.__version__ >= "2.11"
+        for rows, teacher_rows, inputs in pieces:
+            logits = [head.logits(hidden[rows]), teacher and teacher[teacher_rows]]
+            run = fast if fast and len(logits[0]) > 1 else gradient_of_piece
+            for tensor in filter(torch.is_tensor, (*logits, *inputs)) if run is fast else ():
+                torch._dynamo.mark_dynamic(tensor, 0)  # compiled once for any number above 1
+            part, gradient = run(*form, logits, inputs)
             sums += part
-            gradient = head.undo_scaling(gradient, capped)
-            if wanted[2]:
-                grad_bias += gradient.sum(0)
-            gradient = gradient.to(hidden.dtype)
             if wanted[0]:
                 grad_hidden[rows] = matmul_fp32(gradient, head.weight.t()).to(hidden.dtype)
-            if wanted[1] and gradient.dtype == wide:
-                grad_weight.addmm_(gradient.t(), hidden[rows])
+            if wanted[1] and (gradient.dtype == wide or adds_to_float32):
+                options = {} if gradient.dtype == wide else {"out_dtype": wide}
+                torch.addmm(grad_weight, gradient.t(), hidden[rows], out=grad_weight, **options)
             elif wanted[1]:
                 grad_weight += matmul_fp32(gradient.t(), hidden[rows].t())
-            del gradient, capped  # the next piece's arrays take their memory
+            if wanted[2]:
+                grad_bias += gradient[:, : len(bias)].sum(0, dtype=wide)
+            del gradient  # the next piece's arrays take its memory
+        grad_weight = grad_weight[: len(weight)] if wanted[1] else None
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         ctx.mark_non_differentiable(sums)
         return sums[0].clone(), sums
@@ -1937,29 +1986,26 @@ class _ChunkedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
         gradients, ctx.gradients = ctx.gradients, None
-        return (*[None if g is None else g.mul_(grad_loss) for g in gradients], None, None, None)
+        return (*[None if g is None else g.mul_(grad_loss) for g in gradients], *[None] * 5)
 
 
 def chunked_loss(
-    student: Logits, pieces: Sequence[tuple[slice, Any]], loss_and_gradient: Callable
-) -> tuple[Tensor, Tensor]:
+    student: Logits, teacher: Logits | None, pieces: Sequence[tuple[slice, slice, tuple]],
+    body: Callable[[Tensor, Tensor | None, tuple], tuple[Tensor, Tensor]], pure: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A loss of N x V logits that never holds them whole.
 
-    For each piece it computes the logits (n, V), calls `loss_and_gradient(logits, piece)`, which
-    returns the loss *and its gradient*, and frees the logits.
+    For each piece, a triple (rows of the student, rows of the teacher, inputs), it computes the
+    logits (n, V) and (m, V') and calls `body(logits, teacher_logits, inputs)`, which returns the
+    sums (2,) of the loss and of the divergence without T², *and the gradient* (n, V) of the loss
+    with respect to the student's logits. A `pure` function of tensors may be compiled.
 
-    Args:
-        pieces: pairs of a slice of rows and the second argument of `loss_and_gradient`.
-        loss_and_gradient: returns the sums (2,) of the loss and of the divergence without T², and
-            the gradient (n, V) of the loss with respect to the logits, which it may overwrite.
-
-    Returns:
-        The loss, a scalar in nats summed over tokens, differentiable in the student's hidden states
-        and head; and both sums (2,), detached.
+    Returns the loss, a scalar in nats summed over tokens, differentiable in the student's hidden
+    states and head; and both sums (2,), detached.
     """
-    hidden, head = student.hidden, student.head
+    hidden, head, inputs = student.hidden, student.head, (teacher and teacher.cast(), pieces)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _ChunkedLoss.apply(hidden, head.weight, head.bias, head, pieces, loss_and_gradient)
+        return _ChunkedLoss.apply(hidden, head.weight, head.bias, head, *inputs, body, pure)
 
 
 def distillation_loss(
@@ -1967,32 +2013,32 @@ def distillation_loss(
 ) -> tuple[Tensor, Tensor]:
     """The objective summed over N target tokens with ids `targets` (N,); without a teacher it is
     cross-entropy alone. Returns what `chunked_loss` returns."""
-    t, ce_weight = objective.temperature, objective.ce_weight
-    teacher = teacher and teacher.cast()
+    pieces = [(rows, rows, (targets[rows], objective)) for rows in student.chunks()]
+    return chunked_loss(student, teacher, pieces, _distillation)
 
-    def loss_and_gradient(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        kl, loss, gradient = logits.new_zeros(()), logits.new_zeros(()), None
-        if ce_weight:
-            target = targets[rows, None]
-            logprobs = log_softmax_with_temperature(logits)
-            loss = -ce_weight * logprobs.gather(1, target).sum()
-            gradient = logprobs.exp_()
-            gradient.scatter_add_(1, target, -torch.ones_like(target, dtype=gradient.dtype))
-            gradient.mul_(ce_weight)
-        if teacher is not None:
-            logprobs = log_softmax_with_temperature(logits, t)
-            del logits
-            values, slope = divergence(
-                logprobs, log_softmax_with_temperature(teacher[rows], t), objective
-            )
-            kl = values.sum()
-            loss = loss + t**2 * kl
-            slope.mul_(t)  # T² from the loss, 1/T from logits / T
-            gradient = slope if gradient is None else gradient.add_(slope)
-        return torch.stack([loss, kl]), gradient
 
-    pieces = [(rows, rows) for rows in student.chunks()]
-    return chunked_loss(student, pieces, loss_and_gradient)
+def _distillation(
+    logits: Tensor, teacher_logits: Tensor | None, inputs: tuple[Tensor, Objective]
+) -> tuple[Tensor, Tensor]:
+    target, (_, _, _, t, weight) = inputs[0][:, None], inputs[1]
+    kl, loss, gradient = logits.new_zeros(()), logits.new_zeros(()), None
+    if weight:
+        logprobs = log_softmax_with_temperature(logits)
+        loss = -weight * logprobs.gather(1, target).sum()
+        gradient = logprobs.exp_().mul_(weight)
+    if teacher_logits is not None:
+        logprobs = log_softmax_with_temperature(logits, t)
+        del logits
+        theirs = log_softmax_with_temperature(teacher_logits, t)
+        del teacher_logits
+        values, slope = divergence(logprobs, theirs, inputs[1])
+        kl = values.sum()
+        loss = loss + t**2 * kl
+        slope = slope if t == 1 else slope.mul_(t)  # T² from the loss, 1/T from logits / T
+        gradient = slope if gradient is None else gradient.add_(slope)
+    if weight:
+        gradient.scatter_add_(1, target, torch.full_like(target, -weight, dtype=gradient.dtype))
+    return torch.stack([loss, kl]), gradient
 
 
 # ----------------------------------------------------------------------------------- evaluation
