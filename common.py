@@ -712,9 +712,8 @@ class LanguageModel:
         The final norm gives float32 states under autocast. On a GPU products with the head in
         float32 would take longer than all else; in `compute_dtype` they are summed in float32.
         """
-        hidden = self.hidden_states(batch)
-        if hidden.is_cuda:
-            hidden = hidden.to(torch.float32 if self.exact_head else self.compute_dtype)
+        hidden, exact = self.hidden_states(batch), torch.float32 if self.exact_head else None
+        hidden = hidden.to(exact or self.compute_dtype) if hidden.is_cuda else hidden
         return Logits(hidden, self.head())
 
     @contextlib.contextmanager
