@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import dataclasses
 import datetime
@@ -54,11 +55,14 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import pandas
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedType,
+    FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
     LoggerType,
+    align_module_device,
     broadcast_object_list,
     gather_object,
 )
@@ -67,7 +71,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as BackendTokenizer
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -83,8 +91,6 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.chat_template_utils import render_jinja_template
-
-import devices
 
 STARTED = time.perf_counter()  # for the seconds in results.json
 DATA = Path(__file__).resolve().parent / "data"
@@ -163,6 +169,9 @@ class CommonArguments:
     seed: int = flag(0, "determines data order, held-out rows and every sampled token")
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto", "the student's autocast dtype (its weights are float32); auto: bfloat16 on a GPU"
+    )
+    head_dtype: Literal["auto", "float32"] = flag(
+        "auto", "products with the student's head; auto: as --dtype on a GPU, float32 on a CPU"
     )
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "the teacher's weights; auto: bfloat16 on a GPU"
@@ -550,30 +559,37 @@ def generator_for(seed: int, purpose: str, index: int = 0) -> torch.Generator:
 class Head(NamedTuple):
     """The output layer: logits = softcap(scale · (hidden @ weightᵀ + bias))."""
 
-    weight: Tensor  # (V, d)
+    weight: Tensor  # (V, d); (V + padding, d) after `cast`
     bias: Tensor | None = None  # (V,)
     scale: float = 1.0
     softcap: float | None = None
+    padding: int = 0
 
     def cast(self, dtype: torch.dtype) -> Head:
-        """With its weight converted once: to `dtype` on CUDA, to float32 or wider elsewhere."""
-        if not self.weight.is_cuda:  # no half-precision product with a float32 result there
-            wide = torch.promote_types(torch.float32, self.weight.dtype)
-            dtype = torch.promote_types(dtype, wide)
-        return self._replace(weight=self.weight.to(dtype))
+        """With its weight in float32 or wider; on CUDA in `dtype`, copied once for every optimizer
+        step, and padded by zeros to 64·k rows, because products of odd sizes are slow."""
+        weight, missing = self.weight, -len(self.weight) % 64 if dtype.itemsize == 2 else 0
+        if not weight.is_cuda:  # no half-precision product with a float32 result there
+            wide = torch.promote_types(dtype, torch.promote_types(torch.float32, weight.dtype))
+            return self._replace(weight=weight.to(wide))
+        if weight.dtype == dtype and not missing:
+            return self
+        source, key = weight if weight._base is None else weight._base, (weight._version, dtype)
+        if _casts.get(source, [None])[0] != key:
+            _casts[source] = key, F.pad(weight.detach().to(dtype), (0, 0, 0, missing))
+        return self._replace(weight=_casts[source][1], padding=missing)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (n, d) to logits (n, V) in float32 or wider."""
         logits = matmul_fp32(hidden, self.weight)
+        logits = logits[:, : -self.padding] if self.padding else logits
         logits = logits if self.bias is None else logits + self.bias
         logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def undo_scaling(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
-        """The gradient (n, V) at the logits to that before scale and softcap."""
-        if self.softcap is not None:  # the only use of `logits`
-            gradient = gradient * (1 - (logits / self.softcap).square())
-        return gradient if self.scale == 1.0 else gradient * self.scale
+
+_casts = WeakIdKeyDictionary()  # by weight: see `Head.cast`. FSDP's updates change no `_version`.
+register_optimizer_step_post_hook(lambda *_: _casts.clear())
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -599,7 +615,7 @@ class Logits:
         return self.head.logits(self.hidden[rows].to(self.head.weight.device))
 
     def cast(self) -> Logits:
-        """With the head's weight converted once instead of for every chunk."""
+        """With the head's weight in the dtype of the products: see `Head.cast`."""
         return Logits(self.hidden, self.head.cast(self.hidden.dtype))
 
     def chunks(self) -> list[slice]:
@@ -637,6 +653,7 @@ class LanguageModel:
     directory: Path | None = None  # where its files lie
     opens: str = ""  # the tag that its cue for an answer opens: see `opened_tag`
     copies: tuple[PreTrainedModel, Any] | None = None  # of model and adapters: `inference_copy`
+    exact_head: bool = False  # float32 products with the head on CUDA too
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
@@ -710,8 +727,9 @@ class LanguageModel:
         The final norm gives float32 states under autocast. On a GPU products with the head in
         float32 would take longer than all else; in `compute_dtype` they are summed in float32.
         """
-        hidden = self.hidden_states(batch)
-        return Logits(hidden.to(self.compute_dtype) if hidden.is_cuda else hidden, self.head())
+        hidden, exact = self.hidden_states(batch), torch.float32 if self.exact_head else None
+        hidden = hidden.to(exact or self.compute_dtype) if hidden.is_cuda else hidden
+        return Logits(hidden, self.head())
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -736,13 +754,13 @@ class LanguageModel:
         if empty == trained or (empty is None and dtype in (None, self.model.dtype)):
             yield
             return
-        self.copies = empty or devices.without_weights(*trained)
+        self.copies = empty or without_weights(*trained)
         try:
-            devices.fill(self.copies[0], self.model, dtype)
+            fill_weights(self.copies[0], self.model, dtype)
             self.model, self.adapters = self.copies
             yield
         finally:
-            devices.fill(self.copies[0], None)
+            fill_weights(self.copies[0], None)
             (self.model, self.adapters), self.copies = trained, empty
 
     def complete(
@@ -867,6 +885,7 @@ def open_model(
     compute = getattr(torch, dtype)
     model = LanguageModel(name, tokenizer, config, ends, compute, device, digest, load)
     model.spread = is_teacher and args.teacher_device_map != "none"
+    model.exact_head = not is_teacher and args.head_dtype == "float32"
     model.directory = directory_of_model(name, revision)
     model.opens = opened_tag(tokenizer, **options)
     if model.max_positions and args.max_length > model.max_positions:
@@ -899,7 +918,7 @@ def load_weights(
         )
     head = None
     if model.spread:
-        head = devices.spread_head(weights, model.device)
+        head = spread_head(weights, model.device)
         head = head and Head(*head)
     else:
         weights.to(model.device)
@@ -1079,6 +1098,104 @@ def digest_of_model(name: str, revision: str) -> str:
         elif f.suffix in MODEL_FILES:
             parts.append((f.name, hashlib.sha256(f.read_bytes()).hexdigest()))
     return f"{row_seed(parts):016x}"
+
+
+# ------------------------------------------------------------------------------ several devices
+
+# FSDP 2 shards every parameter over the processes and gathers one layer at a time. A script's
+# module (`TokenLevelLoss` and the like) is the root of what is sharded. Embeddings, final norm and
+# head are its own: they are gathered when its `forward` begins and stay until its backward pass
+# ends, so that the loss, which is outside of all layers, finds the head whole.
+
+UNSUPPORTED = {  # accelerate's variables
+    "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG",
+    "FSDP_OFFLOAD_PARAMS", "FSDP_IGNORED_MODULES",
+}  # fmt: skip
+
+
+def start_accelerator(**options: Any) -> Accelerator:
+    """accelerate as it was launched, with FSDP on CPUs too; `ValueError` for what lacks support."""
+    on = {name for name, value in os.environ.items() if value.lower() not in {"", "0", "false"}}
+    for name in sorted(on & UNSUPPORTED):
+        raise ValueError(f"{name} is not supported: use --use_fsdp --fsdp_version 2 alone")
+    if "FSDP_ACTIVATION_CHECKPOINTING" in on:
+        raise ValueError("--fsdp_activation_checkpointing: use --gradient-checkpointing instead")
+    if "ACCELERATE_USE_FSDP" not in on:
+        return Accelerator(**options)
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise ValueError("FSDP 1 is not supported: add --fsdp_version 2")
+    plugin = FullyShardedDataParallelPlugin(
+        # Read with weights_only=True. Sharded checkpoints have metadata that would be unpickled.
+        state_dict_type="FULL_STATE_DICT",
+        cpu_ram_efficient_loading=False,  # each process loads the whole student, and checks it
+        auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+    )
+    accelerator = Accelerator(fsdp_plugin=plugin, **options)
+    if accelerator.use_distributed:  # accelerate itself has FSDP on GPUs only
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    return accelerator
+
+
+def layer_kinds(model: PreTrainedModel) -> set[str]:
+    """The classes of the layers that are gathered one at a time; `ValueError` if none is known."""
+    present = {type(module).__name__ for module in model.modules()}
+    if not (kinds := present & set(model._no_split_modules or ())):
+        raise ValueError(f"FSDP: transformers names no layers of {type(model).__name__}")
+    return kinds
+
+
+def shard_for_inference(model: PreTrainedModel) -> None:
+    """Keep this process's share of all but the head. A forward pass gathers one layer at a time,
+    so every process must run equally many."""
+    kinds = layer_kinds(model)
+    for module in [m for m in model.modules() if type(m).__name__ in kinds]:
+        fully_shard(module)
+    fully_shard(model.base_model, reshard_after_forward=True)
+
+
+def without_weights(model: nn.Module, *others: Any) -> Any:
+    """Copies of the model and of objects that refer to it, with empty parameters."""
+    empty = {id(p): nn.Parameter(p.new_empty(0), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy((model, *others), empty)
+
+
+def fill_weights(
+    model: nn.Module, source: nn.Module | None, dtype: torch.dtype | None = None
+) -> None:
+    """Gather the weights of `source` into its copy, in every process; None empties the copy.
+
+    They get `dtype` as if they were loaded in it: transformers exempts some, such as routers, and
+    computes buffers that are not saved, such as rotary frequencies, in float32.
+    """
+    if source is None:
+        for parameter in model.parameters():
+            parameter.data = parameter.new_empty(0)
+        return
+    saved = model.state_dict().keys()
+    exempt = [re.compile(k.replace("*", ".*")) for k in source._keep_in_fp32_modules_strict or ()]
+    targets, sources = ([*m.named_parameters(), *m.named_buffers()] for m in (model, source))
+    for (name, target), (_, weight) in zip(targets, sources, strict=True):
+        part = weight.detach()
+        if dtype and name in saved and part.is_floating_point():
+            name = name.replace(".base_layer", "")  # peft's name for an adapted layer
+            part = part if any(kind.search(name) for kind in exempt) else part.to(dtype)
+        target.data = part.full_tensor() if isinstance(part, DTensor) else part
+
+
+def as_float(value: Any) -> float:
+    """The value of a scalar, which under FSDP may need every process."""
+    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+
+
+def spread_head(model: PreTrainedModel, home: torch.device) -> Sequence[Tensor | None] | None:
+    """Weight and bias of the head of a model with a device map, on the device `home`; None if it
+    has no head. From now on the backbone returns its states on the device of its inputs."""
+    add_hook_to_module(model.base_model, AlignDevicesHook(io_same_device=True), append=True)
+    if (head := model.get_output_embeddings()) is None:
+        return None
+    with align_module_device(head, home):  # it may have been offloaded
+        return head.weight.detach(), getattr(head, "bias", None)
 
 
 # ----------------------------------------------------------------------------- tokens and masks
@@ -1960,36 +2077,69 @@ def divergence(
     return value, student * (slope - (student * slope).sum(-1, keepdim=True))
 
 
+COMPILED_FROM = 2**14  # vocabulary on a CPU; a smaller one hardly repays ten seconds of compiling
+
+
+@functools.cache
+def compiled(device: str, vocabulary: int) -> Callable | None:
+    """`gradient_of_piece` compiled, if that pays; None, said once, without a compiler."""
+    if device != "cuda" and (device != "cpu" or vocabulary < COMPILED_FROM):
+        return None
+    try:
+        if device == "cuda" and not find_spec("triton"):
+            raise ImportError("triton is not installed")
+        torch.compile(torch.square)(torch.ones(2, device=device))
+    except Exception as problem:  # of the compiler, the linker, their files
+        return PartialState().print(f"the loss is not compiled, so it is slower: {problem!r:.200}")
+    return torch.compile(gradient_of_piece, fullgraph=True)
+
+
+def gradient_of_piece(
+    body: Callable, head: Head, dtype: torch.dtype, logits: list[Tensor | None], inputs: tuple
+) -> tuple[Tensor, Tensor]:
+    """What `chunked_loss` computes between a piece's products: the sums (2,), and in `dtype` the
+    gradient at `hidden @ weightᵀ`. Empties `logits`, so that `body` can free the arrays."""
+    capped = None if head.softcap is None else logits[0]
+    sums, gradient = body(logits.pop(0), logits.pop(), inputs)
+    if head.softcap is not None:
+        gradient = gradient * (1 - (capped / head.softcap).square())
+    gradient = (gradient if head.scale == 1 else gradient * head.scale).to(dtype)
+    return sums, F.pad(gradient, (0, head.padding)) if head.padding else gradient
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """See `chunked_loss`. Backward *returns* the gradients and writes no `.grad`, so that tied
     embeddings add up and DDP reduces them once."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, pieces, loss_and_gradient):
+    def forward(ctx, hidden, weight, bias, head, teacher, pieces, body, pure):
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        head = head._replace(weight=weight, bias=bias).cast(hidden.dtype)
-        wanted = ctx.needs_input_grad
+        head, wanted = head.cast(hidden.dtype), ctx.needs_input_grad
         grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        grad_weight = torch.zeros_like(head.weight, dtype=wide) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if wanted[2] else None
         sums = torch.zeros(2, dtype=wide, device=hidden.device)
-        for rows, piece in pieces:
-            # Popped, so that `loss_and_gradient` alone holds the logits and can free them.
-            logits = [head.logits(hidden[rows])]
-            capped = None if head.softcap is None else logits[0]
-            part, gradient = loss_and_gradient(logits.pop(), piece)
+        fast = compiled(hidden.device.type, len(weight)) if pure else None
+        form = body, head._replace(weight=None, bias=None), hidden.dtype
+        adds_to_float32 = hidden.is_cuda and torch.version.cuda and torch.__version__ >= "2.11"
+        for rows, teacher_rows, inputs in pieces:
+            logits = [head.logits(hidden[rows]), teacher and teacher[teacher_rows]]
+            run = fast if fast and len(logits[0]) > 1 else gradient_of_piece
+            for tensor in filter(torch.is_tensor, (*logits, *inputs)) if run is fast else ():
+                torch._dynamo.mark_dynamic(tensor, 0)  # compiled once for any number above 1
+            part, gradient = run(*form, logits, inputs)
             sums += part
-            gradient = head.undo_scaling(gradient, capped)
-            if wanted[2]:
-                grad_bias += gradient.sum(0)
-            gradient = gradient.to(hidden.dtype)
             if wanted[0]:
                 grad_hidden[rows] = matmul_fp32(gradient, head.weight.t()).to(hidden.dtype)
-            if wanted[1] and gradient.dtype == wide:
-                grad_weight.addmm_(gradient.t(), hidden[rows])
+            if wanted[1] and (gradient.dtype == wide or adds_to_float32):
+                options = {} if gradient.dtype == wide else {"out_dtype": wide}
+                torch.addmm(grad_weight, gradient.t(), hidden[rows], out=grad_weight, **options)
             elif wanted[1]:
                 grad_weight += matmul_fp32(gradient.t(), hidden[rows].t())
-            del gradient, capped  # the next piece's arrays take their memory
+            if wanted[2]:
+                grad_bias += gradient[:, : len(bias)].sum(0, dtype=wide)
+            del gradient  # the next piece's arrays take its memory
+        grad_weight = grad_weight[: len(weight)] if wanted[1] else None
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         ctx.mark_non_differentiable(sums)
         return sums[0].clone(), sums
@@ -1998,29 +2148,26 @@ class _ChunkedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
         gradients, ctx.gradients = ctx.gradients, None
-        return (*[None if g is None else g.mul_(grad_loss) for g in gradients], None, None, None)
+        return (*[None if g is None else g.mul_(grad_loss) for g in gradients], *[None] * 5)
 
 
 def chunked_loss(
-    student: Logits, pieces: Sequence[tuple[slice, Any]], loss_and_gradient: Callable
-) -> tuple[Tensor, Tensor]:
+    student: Logits, teacher: Logits | None, pieces: Sequence[tuple[slice, slice, tuple]],
+    body: Callable[[Tensor, Tensor | None, tuple], tuple[Tensor, Tensor]], pure: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A loss of N x V logits that never holds them whole.
 
-    For each piece it computes the logits (n, V), calls `loss_and_gradient(logits, piece)`, which
-    returns the loss *and its gradient*, and frees the logits.
+    For each piece, a triple (rows of the student, rows of the teacher, inputs), it computes the
+    logits (n, V) and (m, V') and calls `body(logits, teacher_logits, inputs)`, which returns the
+    sums (2,) of the loss and of the divergence without T², *and the gradient* (n, V) of the loss
+    with respect to the student's logits. A `pure` function of tensors may be compiled.
 
-    Args:
-        pieces: pairs of a slice of rows and the second argument of `loss_and_gradient`.
-        loss_and_gradient: returns the sums (2,) of the loss and of the divergence without T², and
-            the gradient (n, V) of the loss with respect to the logits, which it may overwrite.
-
-    Returns:
-        The loss, a scalar in nats summed over tokens, differentiable in the student's hidden states
-        and head; and both sums (2,), detached.
+    Returns the loss, a scalar in nats summed over tokens, differentiable in the student's hidden
+    states and head; and both sums (2,), detached.
     """
-    hidden, head = student.hidden, student.head
+    hidden, head, inputs = student.hidden, student.head, (teacher and teacher.cast(), pieces)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _ChunkedLoss.apply(hidden, head.weight, head.bias, head, pieces, loss_and_gradient)
+        return _ChunkedLoss.apply(hidden, head.weight, head.bias, head, *inputs, body, pure)
 
 
 def distillation_loss(
@@ -2028,32 +2175,32 @@ def distillation_loss(
 ) -> tuple[Tensor, Tensor]:
     """The objective summed over N target tokens with ids `targets` (N,); without a teacher it is
     cross-entropy alone. Returns what `chunked_loss` returns."""
-    t, ce_weight = objective.temperature, objective.ce_weight
-    teacher = teacher and teacher.cast()
+    pieces = [(rows, rows, (targets[rows], objective)) for rows in student.chunks()]
+    return chunked_loss(student, teacher, pieces, _distillation)
 
-    def loss_and_gradient(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        kl, loss, gradient = logits.new_zeros(()), logits.new_zeros(()), None
-        if ce_weight:
-            target = targets[rows, None]
-            logprobs = log_softmax_with_temperature(logits)
-            loss = -ce_weight * logprobs.gather(1, target).sum()
-            gradient = logprobs.exp_()
-            gradient.scatter_add_(1, target, -torch.ones_like(target, dtype=gradient.dtype))
-            gradient.mul_(ce_weight)
-        if teacher is not None:
-            logprobs = log_softmax_with_temperature(logits, t)
-            del logits
-            values, slope = divergence(
-                logprobs, log_softmax_with_temperature(teacher[rows], t), objective
-            )
-            kl = values.sum()
-            loss = loss + t**2 * kl
-            slope.mul_(t)  # T² from the loss, 1/T from logits / T
-            gradient = slope if gradient is None else gradient.add_(slope)
-        return torch.stack([loss, kl]), gradient
 
-    pieces = [(rows, rows) for rows in student.chunks()]
-    return chunked_loss(student, pieces, loss_and_gradient)
+def _distillation(
+    logits: Tensor, teacher_logits: Tensor | None, inputs: tuple[Tensor, Objective]
+) -> tuple[Tensor, Tensor]:
+    target, (_, _, _, t, weight) = inputs[0][:, None], inputs[1]
+    kl, loss, gradient = logits.new_zeros(()), logits.new_zeros(()), None
+    if weight:
+        logprobs = log_softmax_with_temperature(logits)
+        loss = -weight * logprobs.gather(1, target).sum()
+        gradient = logprobs.exp_().mul_(weight)
+    if teacher_logits is not None:
+        logprobs = log_softmax_with_temperature(logits, t)
+        del logits
+        theirs = log_softmax_with_temperature(teacher_logits, t)
+        del teacher_logits
+        values, slope = divergence(logprobs, theirs, inputs[1])
+        kl = values.sum()
+        loss = loss + t**2 * kl
+        slope = slope if t == 1 else slope.mul_(t)  # T² from the loss, 1/T from logits / T
+        gradient = slope if gradient is None else gradient.add_(slope)
+    if weight:
+        gradient.scatter_add_(1, target, torch.full_like(target, -weight, dtype=gradient.dtype))
+    return torch.stack([loss, kl]), gradient
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -2260,7 +2407,7 @@ def start(script: str, args: CommonArguments) -> Accelerator:
     # enters autocast by itself.
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
     with usage_error("cannot start", ValueError):
-        accelerator = devices.start_accelerator(mixed_precision="no", kwargs_handlers=[patience])
+        accelerator = start_accelerator(mixed_precision="no", kwargs_handlers=[patience])
     if (launched := os.environ.get("WORLD_SIZE", "1")) != str(accelerator.num_processes):
         raise UsageError(
             f"{launched} processes were started, but each is alone: without a GPU, set "
@@ -2338,12 +2485,12 @@ def prepare(
     if accelerator.is_fsdp2:
         student = module.student
         with usage_error("cannot shard the models", ValueError):
-            kinds = devices.layer_kinds(student.model)
+            kinds = layer_kinds(student.model)
             accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(kinds)
-            student.copies = devices.without_weights(student.model, student.adapters)
+            student.copies = without_weights(student.model, student.adapters)
             if isinstance(teacher, LanguageModel) and teacher.loaded:
                 teacher.keep_head()
-                devices.shard_for_inference(teacher.model)
+                shard_for_inference(teacher.model)
     return accelerator.prepare(module, make_optimizer(module, args))
 
 
@@ -2483,7 +2630,7 @@ class Run:
         """Write what was logged to metrics.jsonl. A non-finite number ends the run."""
         speed = self.tokens / max(time.perf_counter() - self.clock, 1e-9)
         for step, values, examples in self.pending:
-            numbers = {name: devices.number(value) for name, value in values.items()}
+            numbers = {name: as_float(value) for name, value in values.items()}
             if not all(map(math.isfinite, numbers.values())):
                 sources = [e.prompt.conversation.source for part in examples for e in part]
                 sys.exit(

@@ -530,18 +530,23 @@ class CrossTokenizerLoss(nn.Module):
 
         `teacher_hidden` (M, d) are the teacher's hidden states at its own M targets of the text.
         """
-        teacher = Logits(teacher_hidden, self.teacher_head).cast()
+        student, teacher = self.student.logits(batch), Logits(teacher_hidden, self.teacher_head)
+        rows = [
+            (p.rows, p.teacher_rows, (batch.targets[p.rows], p.pairs, self.alignments))
+            for p in pieces
+        ]
+        return common.chunked_loss(student, teacher, rows, loss_and_gradient, pure=False)
 
-        def loss_and_gradient(logits: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
-            theirs, targets = teacher[piece.teacher_rows], batch.targets[piece.rows]
-            with torch.enable_grad():
-                logits.requires_grad_()
-                parts = piece_loss(logits, theirs, targets, piece.pairs, self.alignments)
-            (gradient,) = torch.autograd.grad(parts[0], logits)
-            return torch.stack(parts).detach(), gradient
 
-        rows = [(piece.rows, piece) for piece in pieces]
-        return common.chunked_loss(self.student.logits(batch), rows, loss_and_gradient)
+def loss_and_gradient(
+    logits: Tensor, teacher_logits: Tensor, inputs: tuple[Tensor, Tensor, Alignments]
+) -> tuple[Tensor, Tensor]:
+    """Sums (2,) of `piece_loss`, and the gradient of the first: see `common.chunked_loss`."""
+    with torch.enable_grad():
+        logits.requires_grad_()
+        parts = piece_loss(logits, teacher_logits, *inputs)
+    (gradient,) = torch.autograd.grad(parts[0], logits)
+    return torch.stack(parts).detach(), gradient
 
 
 def main(args: Arguments) -> None:

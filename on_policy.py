@@ -133,18 +133,17 @@ def sampled_loss(student: Logits, targets: Tensor, teacher: Logits) -> tuple[Ten
     held constant: in expectation over y from the student, the gradient of the KL at that position.
     Differentiating the log-ratio itself would give an expected gradient of zero.
     """
-    teacher = teacher.cast()
+    pieces = [(rows, rows, (targets[rows],)) for rows in student.chunks()]
+    return common.chunked_loss(student, teacher, pieces, _sampled)
 
-    def loss_and_gradient(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        target = targets[rows, None]
-        logprobs = common.log_softmax_with_temperature(logits)
-        theirs = common.log_softmax_with_temperature(teacher[rows])
-        ratio = logprobs.gather(1, target) - theirs.gather(1, target)  # (n, 1)
-        gradient = (logprobs.exp() * -ratio).scatter_add(1, target, ratio)
-        return ratio.sum().expand(2), gradient
 
-    pieces = [(rows, rows) for rows in student.chunks()]
-    return common.chunked_loss(student, pieces, loss_and_gradient)
+def _sampled(logits: Tensor, teacher_logits: Tensor, inputs: tuple) -> tuple[Tensor, Tensor]:
+    target = inputs[0][:, None]  # (n, 1)
+    logprobs = common.log_softmax_with_temperature(logits)
+    theirs = common.log_softmax_with_temperature(teacher_logits)
+    ratio = logprobs.gather(1, target) - theirs.gather(1, target)  # (n, 1)
+    gradient = (logprobs.exp() * -ratio).scatter_add(1, target, ratio)
+    return ratio.sum().expand(2), gradient
 
 
 @torch.no_grad()
@@ -155,7 +154,7 @@ def entropies(student: Logits, teacher: Logits) -> Tensor:
     not grow with the batch.
     """
     chosen, sums = slice(None, None, max(1, len(student.chunks()))), []
-    for logits in (student, teacher):
+    for logits in (student.cast(), teacher.cast()):
         logprobs = common.log_softmax_with_temperature(logits[chosen])
         sums.append(-(logprobs.exp() * logprobs).sum())
     return torch.stack([*sums, sums[0].new_tensor(len(student.hidden[chosen]))])

@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import common
-import devices
 import on_policy
 import token_level
 
@@ -313,7 +312,7 @@ def test_launches_that_are_not_supported_are_refused(monkeypatch, told, message)
 def test_a_model_without_named_layers_is_refused(tiny):
     """Without layers a forward pass would gather all weights at once."""
     model = tiny("llama").model
-    assert devices.layer_kinds(model) == {"LlamaDecoderLayer"}
+    assert common.layer_kinds(model) == {"LlamaDecoderLayer"}
     model._no_split_modules = None
     with pytest.raises(ValueError, match="names no layers of LlamaForCausalLM"):
-        devices.layer_kinds(model)
+        common.layer_kinds(model)

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import common
-import devices
 import token_level
 from common import Completion, Conversation, LanguageModel, Pair, Prompt, UsageError
 
@@ -227,7 +226,7 @@ def in_half_precision(model: LanguageModel) -> LanguageModel:
 
 
 def test_in_float32_evaluation_uses_the_model_itself(tiny, monkeypatch):
-    monkeypatch.setattr(devices, "without_weights", None)
+    monkeypatch.setattr(common, "without_weights", None)
     model = tiny("llama")
     trained = model.model
     with model.evaluating():
@@ -239,8 +238,8 @@ def test_generation_uses_weights_in_the_compute_dtype(tiny, tmp_path, monkeypatc
     """Keys and values in bfloat16; no weight is converted once the copy is made; the text is
     that of the model loaded in bfloat16; the next copy has the weights of its time."""
     model, prompts, copies = in_half_precision(tiny("llama")), prompts_of(6), []
-    make = devices.without_weights
-    monkeypatch.setattr(devices, "without_weights", lambda *m: copies.append(1) or make(*m))
+    make = common.without_weights
+    monkeypatch.setattr(common, "without_weights", lambda *m: copies.append(1) or make(*m))
     update, dtypes, converted, weights = DynamicCache.update, set(), [], set()
 
     def noted(self, keys: Tensor, values: Tensor, *rest, **more):
@@ -310,14 +309,14 @@ def test_training_weights_survive_an_evaluation_that_fails(tiny, adapted: bool):
 
 def test_a_copy_that_does_not_fit_leaves_the_model(tiny, monkeypatch):
     model = in_half_precision(tiny("llama"))
-    trained, fill = model.model, devices.fill
+    trained, fill = model.model, common.fill_weights
 
     def too_large(copied: nn.Module, source: nn.Module | None, *rest: object) -> None:
         fill(copied, source, *rest)
         if source is not None:
             raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(devices, "fill", too_large)
+    monkeypatch.setattr(common, "fill_weights", too_large)
     with pytest.raises(torch.OutOfMemoryError), model.evaluating():
         pass
     assert model.model is trained and model.copies is None
