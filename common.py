@@ -181,6 +181,7 @@ class CommonArguments:
     )
     attn_implementation: str | None = flag(None, "sdpa, eager, flash_attention_2, ...")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, slower")
+    compile: bool = flag(False, "compile the student's layers: about a minute, then faster steps")
     lora_rank: int = flag(0, "train LoRA adapters of this rank instead of all weights (0: off)")
 
     output_dir: str | None = flag(None, "default: runs/<script>-<flags>, numbered if taken")
@@ -735,7 +736,8 @@ class LanguageModel:
     def evaluating(self) -> Iterator[None]:
         """Eval mode, without gradients and gradient checkpointing (which allows no KV cache), on
         weights in `compute_dtype`: see `inference_copy`."""
-        with self.inference_copy(self.compute_dtype), torch.no_grad():
+        eager = torch.compiler.set_stance("force_eager")  # shapes change with every token
+        with self.inference_copy(self.compute_dtype), torch.no_grad(), eager:
             training = self.model.training
             self.model.eval()
             try:
@@ -1006,7 +1008,20 @@ def load_student(
             raise UsageError(f"--gradient-checkpointing: {student.name} does not support it")
         student.model.activation_checkpointing_enable()
     freeze_unreached(student)
+    if args.compile:
+        compile_layers(student)
     return student
+
+
+def compile_layers(student: LanguageModel) -> None:
+    """Compile what the layers do in training; all layers of a kind share their code."""
+    with usage_error("--compile", ValueError):
+        kinds = layer_kinds(student.model)
+        if problem := compiler_problem(student.device.type):
+            raise ValueError(problem)
+    for layer in student.model.modules():
+        if type(layer).__name__ in kinds:
+            layer.compile(dynamic=True)
 
 
 def add_adapters(student: LanguageModel, rank: int) -> None:
@@ -1141,7 +1156,7 @@ def layer_kinds(model: PreTrainedModel) -> set[str]:
     """The classes of the layers that are gathered one at a time; `ValueError` if none is known."""
     present = {type(module).__name__ for module in model.modules()}
     if not (kinds := present & set(model._no_split_modules or ())):
-        raise ValueError(f"FSDP: transformers names no layers of {type(model).__name__}")
+        raise ValueError(f"transformers names no layers of {type(model).__name__}")
     return kinds
 
 
@@ -2085,13 +2100,20 @@ def compiled(device: str, vocabulary: int) -> Callable | None:
     """`gradient_of_piece` compiled, if that pays; None, said once, without a compiler."""
     if device != "cuda" and (device != "cpu" or vocabulary < COMPILED_FROM):
         return None
+    if problem := compiler_problem(device):
+        return PartialState().print(f"the loss is not compiled, so it is slower: {problem}")
+    return torch.compile(gradient_of_piece, fullgraph=True)
+
+
+def compiler_problem(device: str) -> str | None:
+    """Why `torch.compile` does not work here; None if it does."""
+    if device == "cuda" and not find_spec("triton"):
+        return "triton is not installed"
     try:
-        if device == "cuda" and not find_spec("triton"):
-            raise ImportError("triton is not installed")
         torch.compile(torch.square)(torch.ones(2, device=device))
     except Exception as problem:  # of the compiler, the linker, their files
-        return PartialState().print(f"the loss is not compiled, so it is slower: {problem!r:.200}")
-    return torch.compile(gradient_of_piece, fullgraph=True)
+        return f"{problem!r:.200}"
+    return None
 
 
 def gradient_of_piece(

@@ -127,7 +127,7 @@ def loss_side(args: argparse.Namespace) -> list[list[str]]:
 
             def work() -> None:
                 hidden.grad = half.grad = None
-                loss(hidden, half, theirs, head.weight).backward()
+                loss(hidden, half, theirs, head.weight, None).backward()
 
             return work
 
@@ -230,7 +230,7 @@ class Recorder(trl_common.Recorder):
         print(json.dumps(numbers | {"targets": self.targets[0]}), flush=True)
 
 
-def suite_arguments(args: argparse.Namespace, cached: bool) -> Any:
+def suite_arguments(args: argparse.Namespace, cached: bool, compiled: bool = False) -> Any:
     import token_level
 
     settings = trl_common.SUITE_SETTINGS | {"dtype": "auto", "teacher_dtype": "auto"}
@@ -238,7 +238,8 @@ def suite_arguments(args: argparse.Namespace, cached: bool) -> Any:
         student=str(args.directory / "0.5b"), teacher=str(args.directory / "1.5b"),
         completions="dataset", max_length=LENGTH, max_new_tokens=1, cache_teacher=cached,
         batch_size=args.batch_size, micro_batch_size=args.micro_batch_size,
-        max_steps=args.steps + 2, **settings, **trl_common.suite_files(args.directory),
+        max_steps=args.steps + 2, compile=compiled, **settings,
+        **trl_common.suite_files(args.directory),
     )  # fmt: skip
 
 
@@ -248,12 +249,12 @@ def trl_side(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    recorder = Recorder()
+    recorder, parts = Recorder(), args.batch_size // args.trl_micro_batch_size
 
     class Watched(GKDTrainer):
         def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
             loss = super().training_step(model, inputs, *rest)
-            recorder.losses.append(loss.item())
+            recorder.losses.append(loss.item() * parts)  # that of a micro-batch
             recorder.targets.append(int((inputs["labels"][:, 1:] != -100).sum()))
             return loss
 
@@ -265,7 +266,7 @@ def trl_side(args: argparse.Namespace) -> None:
     config = GKDConfig(
         output_dir=str(args.directory / "trl"), max_steps=args.steps + 2,
         per_device_train_batch_size=args.trl_micro_batch_size, max_length=LENGTH,
-        gradient_accumulation_steps=args.batch_size // args.trl_micro_batch_size,
+        gradient_accumulation_steps=parts,
         train_sampling_strategy="sequential", lmbda=0.0, temperature=1.0, beta=0.0, **settings,
     )  # fmt: skip
     trainer = Watched(
@@ -292,43 +293,42 @@ def parts_side(args: argparse.Namespace) -> list[list[str]]:
     tokens, student = len(batch.targets), pair.student
     module = token_level.TokenLevelLoss(student, pair.teacher.head(), arguments.objective())
     optimizer = common.make_optimizer(module, arguments)
-    width, teacher_width = SHAPES["0.5b"][0], SHAPES["1.5b"][0]
+    (width, _, layers, *_), teacher_width = SHAPES["0.5b"], SHAPES["1.5b"][0]
     theirs = torch.randn(tokens, teacher_width, device=GPU, dtype=torch.bfloat16)
     body = sum(p.numel() for p in student.model.parameters()) - ROWS * width
-    # Causal attention: two products of L²/2 by d for each layer.
-    attention = len(examples) * SHAPES["0.5b"][2] * 2 * LENGTH**2 * width
-    gradient = torch.randn(tokens, width, device=GPU, dtype=torch.bfloat16) / tokens
+    # A causal layer multiplies L²/2 pairs of positions by the width, twice.
+    attention = len(examples) * layers * 2 * LENGTH**2 * width
+    gradient = torch.randn(tokens, width, device=GPU) / tokens
 
     def backbone() -> None:
-        student.hidden_states(batch).backward(gradient.float())
+        student.hidden_states(batch).backward(gradient)
 
     def whole() -> None:
         (module(batch, theirs)[0] / tokens).backward()
 
     def update() -> None:
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), arguments.max_grad_norm)
         optimizer.step()
 
     def evaluate() -> None:
         with student.evaluating():
             student.hidden_states(batch)
 
-    floors = {
-        "backbone, forward and backward": 3 * (2 * body * tokens + attention) / flops,
-        "loss (the rest)": 2 * tokens * VOCABULARY * (3 * width + teacher_width) / flops,
-    }
-    times = {"whole": median_seconds(whole, 5), "backbone": median_seconds(backbone, 5)}
-    times["update"], times["copy"] = median_seconds(update, 5), median_seconds(evaluate, 5)
-    waits = count_waits(whole)
     rows = [[f"a micro-batch of {tokens:,} targets", "ms", "share of the products' floor"]]
-    seconds = (times["backbone"], times["whole"] - times["backbone"])
-    for (name, floor), taken in zip(floors.items(), seconds, strict=True):
-        rows.append([name, f"{1e3 * taken:.1f}", f"{100 * floor / taken:.0f} %"])
-    rows.append(["clipping and AdamW", f"{1e3 * times['update']:.1f}", ""])
-    rows.append(
-        ["forward pass on the inference copy, with its making", f"{1e3 * times['copy']:.1f}", ""]
-    )
-    rows.append([f"synchronisations in forward and backward: {waits}"])
+
+    def add(name: str, seconds: float, products: float | None = None) -> None:
+        share = f"{100 * products / flops / seconds:.0f} %" if products else ""
+        rows.append([name, f"{1e3 * seconds:.1f}", share])
+
+    part, head = median_seconds(backbone, 5), 2 * tokens * VOCABULARY * (3 * width + teacher_width)
+    add("backbone, forward and backward", part, 3 * (2 * body * tokens + attention))
+    add("loss, the rest of the two passes", median_seconds(whole, 5) - part, head)
+    add("clipping and AdamW", median_seconds(update, 5))
+    add("evaluation: the inference copy and its forward pass", median_seconds(evaluate, 5))
+    rows.append([f"synchronisations in forward and backward: {count_waits(whole)}"])
+    common.compile_layers(student)
+    part = median_seconds(backbone, 5)
+    add("backbone with --compile", part, 3 * (2 * body * tokens + attention))
     return rows
 
 
@@ -394,23 +394,21 @@ def print_rows(rows: list[list[str]] | None) -> None:
             print("|" + "---|" * len(row))
 
 
-def step_rows(args: argparse.Namespace) -> list[list[str]]:
+def print_steps(args: argparse.Namespace) -> None:
     """token_level.py with cached states and a live teacher, and GKDTrainer."""
-    sides = ["suite, cached states", "suite, live teacher"]
+    sides = ["suite, cached states", "suite, cached states, --compile", "suite, live teacher"]
     sides += ["TRL's GKDTrainer, live teacher"] if find_spec("trl") else []
     title = f"a step of {args.batch_size} x {LENGTH} tokens, 1.5B to 0.5B"
-    rows = [[title, "s", "targets a second", "GB"]]
-    losses, targets = [], 0
+    print_rows([[title, "s", "targets a second", "GB", "first loss"]])
+    targets = 0
     for side in sides:
         if not (numbers := in_a_process(args, side)):
-            rows.append([side, "failed", "", ""])
+            print(f"| {side} | failed | | | |", flush=True)
             continue
-        losses.append(numbers["loss"])
         targets = targets or numbers["targets"]  # TRL reports those of a micro-batch
-        seconds, memory = numbers["seconds"], numbers["memory"]
-        rows.append([side, f"{seconds:.3f}", f"{targets / seconds:,.0f}", f"{memory:.1f}"])
-    print("first losses:", *losses)
-    return rows
+        seconds, memory, loss = (numbers[name] for name in ("seconds", "memory", "loss"))
+        row = f"{seconds:.3f} | {targets / seconds:,.0f} | {memory:.1f} | {loss:.4f}"
+        print(f"| {side} | {row} |", flush=True)
 
 
 def main() -> None:
@@ -438,7 +436,7 @@ def main() -> None:
     elif args.side:
         import token_level
 
-        arguments = suite_arguments(args, cached="cached" in args.side)
+        arguments = suite_arguments(args, "cached" in args.side, "--compile" in args.side)
         trl_common.run_suite(token_level, arguments, Recorder())
     else:
         print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}")
@@ -455,7 +453,7 @@ def main() -> None:
                 )
             if "step" in args.part:
                 print_rows(in_a_process(args, "parts"))
-                print_rows(step_rows(args))
+                print_steps(args)
             if "rollouts" in args.part:
                 print_rows(in_a_process(args, "rollouts"))
 
