@@ -94,7 +94,8 @@ def test_nothing_in_the_loss_waits_for_the_gpu(objective):
     ],
 )
 def test_script_on_the_gpu_as_on_the_cpu(tmp_path: Path, script: str, more: list[str]):
-    """Losses, and the student's divergence before training, within 3 % of a CPU's in float32."""
+    """The student's score before training, the first loss, and the mean of ten, as on a CPU in
+    float32: within 0.5 %, 1 % and 5 %."""
     flags = ["--max-steps", "10", "--max-rows", "256", "--eval-size", "32", "--batch-size", "16",
              "--logging-steps", "1", "--eval-steps", "0", "--warmup-steps", "1", *more]  # fmt: skip
     if script == "on_policy.py":
@@ -117,9 +118,9 @@ def test_script_on_the_gpu_as_on_the_cpu(tmp_path: Path, script: str, more: list
         ]
         losses.append([line["train/loss"] for line in lines if "train/loss" in line])
         scores.append(json.loads((directory / "results.json").read_text()))
-    print(losses, scores)
     assert len(losses[0]) == len(losses[1]) == 10
-    gpu, cpu = (score["before"]["kl_to_teacher"] for score in scores)
-    assert script == "cross_tokenizer.py" or abs(gpu / cpu - 1) < 0.03
+    gpu, cpu = (score["before"]["nats_per_token"] for score in scores)
+    assert abs(gpu / cpu - 1) < 0.005
     if "sampled" not in more:  # texts sampled on two devices differ
-        assert all(abs(gpu / cpu - 1) < 0.03 for gpu, cpu in zip(*losses, strict=True))
+        assert abs(losses[0][0] / losses[1][0] - 1) < 0.01
+        assert abs(sum(losses[0]) / sum(losses[1]) - 1) < 0.05

@@ -87,7 +87,7 @@ def peak_above(work: Callable[[], object]) -> float:
 # ---------------------------------------------------------------------------------------- loss
 
 
-def loss_side(args: argparse.Namespace) -> list[list[str]]:
+def loss_side(args: argparse.Namespace) -> None:
     """A row for each form of the loss: milliseconds, the floor's share, memory."""
     tokens, (width, *_), (wider, *_) = args.tokens, SHAPES["0.5b"], SHAPES["7b"]
     flops, bandwidth = ceilings()
@@ -133,25 +133,19 @@ def loss_side(args: argparse.Namespace) -> list[list[str]]:
 
         betas = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
         forms |= {f"Liger's fused linear JSD, {kl}": liger(betas[kl]) for kl in args.kl}
-    rows = [[f"N = {tokens:,}, V = {VOCABULARY:,}", "ms", "share of floor", "GB"]]
+    print_head(f"loss of {tokens:,} targets, V = {VOCABULARY:,}", "ms", "share of floor", "GB")
 
     def measured(name: str, work: Callable[[], object], rounds: int) -> None:
-        began = time.perf_counter()
         work()  # compiles
-        first = time.perf_counter() - began
         seconds, memory = median_seconds(work, rounds), peak_above(work)
-        rows.append(
-            [name, f"{1e3 * seconds:.0f}", f"{100 * floor / seconds:.0f} %", f"{memory:.2f}"]
-        )
-        print(*rows[-1], f"(first call: {first:.0f} s)", sep=" | ", flush=True)
+        print_row(name, f"{1e3 * seconds:.0f}", f"{100 * floor / seconds:.0f} %", f"{memory:.2f}")
 
     for name, work in forms.items():
         measured(name, work, 5)
     common.compiled = lambda *_: None
     measured(f"this suite, {args.kl[0]}, not compiled", suite(args.kl[0]), 3)
-    rows.append(["floor of products and bytes", f"{1e3 * floor:.0f}", "", ""])
-    rows.append([f"measured here: {flops / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s"])
-    return rows
+    print_row("floor", f"{1e3 * floor:.0f}", "", "")
+    print_row(f"{flops / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s", "", "", "")
 
 
 # ---------------------------------------------------------------------------------------- step
@@ -279,7 +273,7 @@ def trl_side(args: argparse.Namespace) -> None:
     recorder.report()
 
 
-def parts_side(args: argparse.Namespace) -> list[list[str]]:
+def parts_side(args: argparse.Namespace) -> None:
     """The parts of a micro-batch's work and of an optimizer step, against the products' floor."""
     import token_level
 
@@ -314,22 +308,21 @@ def parts_side(args: argparse.Namespace) -> list[list[str]]:
         with student.evaluating():
             student.hidden_states(batch)
 
-    rows = [[f"a micro-batch of {tokens:,} targets", "ms", "share of the products' floor"]]
+    print_head(f"a micro-batch of {tokens:,} targets", "ms", "share of the products' floor")
 
     def add(name: str, seconds: float, products: float | None = None) -> None:
         share = f"{100 * products / flops / seconds:.0f} %" if products else ""
-        rows.append([name, f"{1e3 * seconds:.1f}", share])
+        print_row(name, f"{1e3 * seconds:.1f}", share)
 
     part, head = median_seconds(backbone, 5), 2 * tokens * VOCABULARY * (3 * width + teacher_width)
     add("backbone, forward and backward", part, 3 * (2 * body * tokens + attention))
     add("loss, the rest of the two passes", median_seconds(whole, 5) - part, head)
     add("clipping and AdamW", median_seconds(update, 5))
     add("evaluation: the inference copy and its forward pass", median_seconds(evaluate, 5))
-    rows.append([f"synchronisations in forward and backward: {count_waits(whole)}"])
+    print_row("synchronisations in forward and backward", str(count_waits(whole)), "")
     common.compile_layers(student)
     part = median_seconds(backbone, 5)
     add("backbone with --compile", part, 3 * (2 * body * tokens + attention))
-    return rows
 
 
 def count_waits(work: Callable[[], object]) -> int:
@@ -352,7 +345,7 @@ def count_waits(work: Callable[[], object]) -> int:
 # ------------------------------------------------------------------------------------ rollouts
 
 
-def rollouts_side(args: argparse.Namespace) -> list[list[str]]:
+def rollouts_side(args: argparse.Namespace) -> None:
     """Tokens a second of both generators, on prompts of unequal length."""
     import rollouts
 
@@ -363,7 +356,7 @@ def rollouts_side(args: argparse.Namespace) -> list[list[str]]:
     model.model.generation_config.eos_token_id = None
     draw = random.Random(0)
     prompts = [[draw.randrange(256) for _ in range(draw.randrange(32, 129))] for _ in range(256)]
-    rows = [["0.5B, 96 new tokens", "tokens a second"]]
+    print_head("rollouts, 0.5B, 96 new tokens", "tokens a second")
     with model.evaluating():
         for size in (64, 256):
             for name, method in (
@@ -372,43 +365,50 @@ def rollouts_side(args: argparse.Namespace) -> list[list[str]]:
             ):
                 asked = sorted(prompts[:size], key=len)
                 seconds = median_seconds(lambda m=method, p=asked, s=size: m(model, p, 96, s), 2)
-                rows.append([f"{name}, {size} prompts", f"{96 * size / seconds:.0f}"])
-    return rows
+                print_row(f"{name}, {size} prompts", f"{96 * size / seconds:.0f}")
 
 
 # ----------------------------------------------------------------------------------------- all
 
 
-def in_a_process(args: argparse.Namespace, side: str) -> Any:
-    """What the last line of this side's output says; None if it failed (its error is printed)."""
+def run_side(args: argparse.Namespace, side: str) -> Numbers:
+    """Run a side in its own process and print its rows; what its last line says, if it worked."""
     command = [sys.executable, *sys.argv, "--side", side, "--directory", str(args.directory)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    print(*done.stdout.splitlines()[:-1], sep="\n", flush=True)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        numbers = {}
+        for line in process.stdout:
+            if line.startswith("{"):
+                numbers = json.loads(line)
+            elif line.startswith("|"):
+                print(line, end="", flush=True)
+    return numbers
 
 
-def print_rows(rows: list[list[str]] | None) -> None:
-    for i, row in enumerate(rows or [["failed"]]):
-        print("| " + " | ".join(row) + " |", flush=True)
-        if i == 0:
-            print("|" + "---|" * len(row))
+def print_row(*cells: str) -> None:
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def print_head(*cells: str) -> None:
+    print_row(*cells)
+    print_row(*["---"] * len(cells))
 
 
 def print_steps(args: argparse.Namespace) -> None:
     """token_level.py with cached states and a live teacher, and GKDTrainer."""
-    sides = ["suite, cached states", "suite, cached states, --compile", "suite, live teacher"]
+    sides = ["suite, cached states", "suite, live teacher"]
     sides += ["TRL's GKDTrainer, live teacher"] if find_spec("trl") else []
+    sides += ["suite, cached states, --compile", "suite, live teacher, --compile"]
     title = f"a step of {args.batch_size} x {LENGTH} tokens, 1.5B to 0.5B"
-    print_rows([[title, "s", "targets a second", "GB", "first loss"]])
+    print_head(title, "s", "targets a second", "GB", "first loss")
     targets = 0
     for side in sides:
-        if not (numbers := in_a_process(args, side)):
-            print(f"| {side} | failed | | | |", flush=True)
+        if not (numbers := run_side(args, side)):
+            print_row(side, "failed", "", "", "")
             continue
         targets = targets or numbers["targets"]  # TRL reports those of a micro-batch
         seconds, memory, loss = (numbers[name] for name in ("seconds", "memory", "loss"))
-        row = f"{seconds:.3f} | {targets / seconds:,.0f} | {memory:.1f} | {loss:.4f}"
-        print(f"| {side} | {row} |", flush=True)
+        speed = f"{targets / seconds:,.0f}"
+        print_row(side, f"{seconds:.3f}", speed, f"{memory:.1f}", f"{loss:.4f}")
 
 
 def main() -> None:
@@ -430,7 +430,7 @@ def main() -> None:
         sys.exit("this bench needs a GPU")
     if args.side in ("loss", "parts", "rollouts"):
         side = {"loss": loss_side, "parts": parts_side, "rollouts": rollouts_side}[args.side]
-        print(json.dumps(side(args)))
+        side(args)
     elif args.side == "TRL's GKDTrainer, live teacher":
         trl_side(args)
     elif args.side:
@@ -443,7 +443,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             args.directory = Path(directory)
             if "loss" in args.part:
-                print_rows(in_a_process(args, "loss"))
+                run_side(args, "loss")
             if {"step", "rollouts"} & set(args.part):
                 make_model(args.directory / "0.5b", "0.5b", torch.float32)
                 make_model(args.directory / "1.5b", "1.5b", torch.bfloat16)
@@ -451,11 +451,11 @@ def main() -> None:
                 make_rows(
                     args.directory, args.batch_size * (args.steps + 2), suite_arguments(args, True)
                 )
-            if "step" in args.part:
-                print_rows(in_a_process(args, "parts"))
-                print_steps(args)
             if "rollouts" in args.part:
-                print_rows(in_a_process(args, "rollouts"))
+                run_side(args, "rollouts")
+            if "step" in args.part:
+                print_steps(args)
+                run_side(args, "parts")
 
 
 if __name__ == "__main__":
