@@ -87,6 +87,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    masking_utils,
 )
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
@@ -95,6 +96,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 STARTED = time.perf_counter()  # for the seconds in results.json
 DATA = Path(__file__).resolve().parent / "data"
 Tokenizer = PreTrainedTokenizerBase
+# transformers lets the host wait for the GPU in every forward pass, to see whether a row is packed
+# from several texts. Ours never are.
+masking_utils.find_packed_sequence_indices = lambda position_ids: None
 
 
 class UsageError(Exception):

@@ -11,10 +11,12 @@ import pytest
 import torch
 from conftest import generate
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
 import common
-from common import LanguageModel, Objective, Pair
+from common import LanguageModel, Objective, Pair, Tokens
 from token_level import Arguments, TokenLevelLoss
 
 CPU = torch.device("cpu")
@@ -54,6 +56,46 @@ def test_gradient_checkpointing_changes_memory_only():
     ]
     assert written[0] == written[1]
     assert checkpointed.model.training
+
+
+class Read(TorchDispatchMode):
+    """Notes when the host reads a value from a tensor, for which it would wait on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.values += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma2"])
+def test_a_training_step_reads_nothing_from_the_device(tiny, kind):
+    """Unequal rows, longer than a sliding window."""
+    student, teacher = tiny(kind), tiny("llama", seed=1)
+    module = TokenLevelLoss(student, teacher.head(), Objective("jsd", ce_weight=1.0))
+    texts = [Tokens(list(range(1, n)), list(range(3, n - 1))) for n in (9, 20)]
+    batch = common.collate(texts, CPU)
+    with Read() as read:
+        torch.ones(1).item()
+        loss, _ = module(batch, teacher.hidden_states(batch).detach())
+        loss.backward()
+    assert read.values == 1  # the one above
+
+
+def test_compiled_layers_give_the_same_gradient():
+    """With gradient checkpointing too; generation and evaluation run the layers as they are."""
+    student, teacher = embedded()
+    compiled, _ = embedded(compile=True, gradient_checkpointing=True)
+    plain, fast = loss_and_gradient(student, teacher), loss_and_gradient(compiled, teacher)
+    torch.testing.assert_close(fast[0], plain[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(fast[1], plain[1], rtol=1e-4, atol=1e-5)
+    settings = {"max_new_tokens": 8, "temperature": 0.0}
+    before = counters["stats"]["unique_graphs"]
+    assert before
+    written = [list(generate(m, [[1, 2, 3]], [0], **settings)) for m in (student, compiled)]
+    assert written[0] == written[1] and counters["stats"]["unique_graphs"] == before
 
 
 def test_bfloat16_compute_keeps_float32_weights():
