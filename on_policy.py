@@ -98,7 +98,11 @@ class OnPolicyLoss(nn.Module):
     """The student and its loss in one `forward`, through which DDP synchronises gradients."""
 
     def __init__(
-        self, student: LanguageModel, teacher_head: Head, objective: Objective, estimator: str
+        self,
+        student: LanguageModel,
+        teacher_head: Head | None,
+        objective: Objective,
+        estimator: str,
     ) -> None:
         super().__init__()
         self.trained = student.model  # registers its parameters
@@ -114,7 +118,8 @@ class OnPolicyLoss(nn.Module):
         teacher's entropies over some targets, and the number of these. `teacher_hidden` (N, d) are
         the teacher's hidden states at the same targets.
         """
-        student, teacher = self.student.logits(batch), Logits(teacher_hidden, self.teacher_head)
+        student = self.student.logits(batch)
+        teacher = common.teacher_logits(teacher_hidden, self.teacher_head)
         if not on_policy:
             loss, sums = common.distillation_loss(student, batch.targets, self.objective, teacher)
             return loss, torch.cat([sums, sums.new_zeros(3)])
@@ -126,20 +131,25 @@ class OnPolicyLoss(nn.Module):
         return loss, torch.cat([sums, entropies(student, teacher).to(sums)])
 
 
-def sampled_loss(student: Logits, targets: Tensor, teacher: Logits) -> tuple[Tensor, Tensor]:
+def sampled_loss(
+    student: Logits, targets: Tensor, teacher: Logits | common.TopLogprobs
+) -> tuple[Tensor, Tensor]:
     """KL(student ‖ teacher), estimated at each target y by log student(y) − log teacher(y).
 
     Its gradient is that of −[log teacher(y) − log student(y)] · log student(y) with the bracket
     held constant: in expectation over y from the student, the gradient of the KL at that position.
     Differentiating the log-ratio itself would give an expected gradient of zero.
     """
-    teacher = teacher.cast()
+    teacher = teacher.cast() if isinstance(teacher, Logits) else teacher
 
     def loss_and_gradient(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         target = targets[rows, None]
         logprobs = common.log_softmax_with_temperature(logits)
-        theirs = common.log_softmax_with_temperature(teacher[rows])
-        ratio = logprobs.gather(1, target) - theirs.gather(1, target)  # (n, 1)
+        if isinstance(teacher, common.TopLogprobs):
+            theirs = teacher.logprobs[rows, :1]
+        else:
+            theirs = common.log_softmax_with_temperature(teacher[rows]).gather(1, target)
+        ratio = logprobs.gather(1, target) - theirs  # (n, 1)
         gradient = (logprobs.exp() * -ratio).scatter_add(1, target, ratio)
         return ratio.sum().expand(2), gradient
 
@@ -148,15 +158,16 @@ def sampled_loss(student: Logits, targets: Tensor, teacher: Logits) -> tuple[Ten
 
 
 @torch.no_grad()
-def entropies(student: Logits, teacher: Logits) -> Tensor:
+def entropies(student: Logits, teacher: Logits | common.TopLogprobs) -> Tensor:
     """Sums of the student's and the teacher's entropy in nats, and their number of tokens: (3,).
 
     They are taken over evenly spread tokens, at most one chunk of the loss, so that the cost does
-    not grow with the batch.
+    not grow with the batch. A server's outcomes give a lower bound of the teacher's.
     """
     chosen, sums = slice(None, None, max(1, len(student.chunks()))), []
-    for logits in (student, teacher):
-        logprobs = common.log_softmax_with_temperature(logits[chosen])
+    for model in (student, teacher):
+        values = model.logprobs if isinstance(model, common.TopLogprobs) else model
+        logprobs = common.log_softmax_with_temperature(values[chosen])
         sums.append(-(logprobs.exp() * logprobs).sum())
     return torch.stack([*sums, sums[0].new_tensor(len(student.hidden[chosen]))])
 
@@ -300,7 +311,8 @@ class Evaluator(common.Evaluator):
         tallies = {}
         for batch in common.length_batches(examples, lambda e: len(e.teacher.ids)):
             inputs = common.collate([e.student for e in batch], student.device)
-            theirs = Logits(common.teacher_hidden_states(teacher, batch), teacher.head())
+            hidden = common.teacher_hidden_states(teacher, batch)
+            theirs = common.teacher_logits(hidden, teacher.head())
             with student.evaluating():
                 values = common.compare(student.logits(inputs), inputs.targets, theirs)
             parts = values["kl"].float().cpu().split([len(e.student.targets) for e in batch])
@@ -322,6 +334,7 @@ def main(args: Arguments) -> None:
     examples = common.make_examples(prompts, pair, args) if args.reads_teacher_text else []
     evaluator = Evaluator(evaluation, pair, args)
     teacher_hidden = common.TeacherHiddenStates(teacher, examples, "training text")
+    top = 0 if args.estimator == "sampled" else None  # of a server, on the student's text
     run = common.Run("on_policy", args, accelerator, evaluator)
 
     module = OnPolicyLoss(student, teacher.head(), objective, args.estimator)
@@ -343,7 +356,7 @@ def main(args: Arguments) -> None:
         for micro_batch in micro_batches:
             inputs = common.collate([e.student for e in micro_batch], accelerator.device)
             with common.reduce_gradients(accelerator, module, micro_batch is micro_batches[-1]):
-                loss, parts = module(inputs, teacher_hidden(micro_batch, on_policy), on_policy)
+                loss, parts = module(inputs, teacher_hidden(micro_batch, on_policy, top), on_policy)
                 # DDP averages gradients over processes: times their number gives the sum.
                 accelerator.backward(loss * (accelerator.num_processes / tokens))
             sums += parts
