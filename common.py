@@ -48,6 +48,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -1893,9 +1894,8 @@ ATTEMPTS = 10  # for one answer
 FIRST_PAUSE, LAST_PAUSE, LONGEST_PAUSE = 0.5, 8.0, 600.0  # seconds; the longest for Retry-After
 HELLO = [{"role": "user", "content": "Hello"}]
 TROUBLE = [  # texts that tokenizers split differently
-    "  two  spaces,\n\n\ttabs \r\n and a long     gap", "don't DON'T it's 3.14159 1234567890",
-    "naïve e\u0301 日本語 🙂 ﷽ \u200b\ufeff \u202e𝔘 ﬁ", "<s> [INST] </s> <|endoftext|> <unk>",
-    "def f(x):\n    return x  # ", "https://example.org/?q=%20&r=AbC_dEf",
+    "  two  spaces,\n\n\ttabs \r\n and a long     gap", "don't DON'T 3.14159 1234567890 AbC_dEf",
+    "naïve e\u0301 日本語 🙂 ﷽ \u200b\ufeff \u202e𝔘 ﬁ", "<s> [INST] </s> <|endoftext|> <unk> # ",
 ]  # fmt: skip
 
 
@@ -1908,13 +1908,12 @@ class NoAnswer(Exception):
 
 
 class Server:
-    """A model behind an OpenAI-compatible server. A subclass says how it is asked for text: by
-    `create`, with the `request` for a prompt, of which `completion` reads the reply.
+    """A model behind an OpenAI-compatible server. A subclass says how it is asked for text, by
+    `request` and `completion`, and what the server must be able to do, by `greet`.
 
     Answers are cached like those of a local teacher, found by `identity`, settings, what is `asked`
     and the number of the sample. Each is recorded before its worker asks for the next, so that a
     killed run loses at most --api-concurrency of them. The key is in no file and no message.
-    `greet` tells what is wrong with the server from what is wrong with one prompt.
     """
 
     def __init__(self, args: CommonArguments, student: LanguageModel) -> None:
@@ -1930,11 +1929,9 @@ class Server:
     def complete(
         self, prompts: Sequence[Prompt], args: CommonArguments, **sampling: Any
     ) -> list[Completion]:
-        """Answers to the prompts, from the cache if they are there.
-
-        Where there is none, `finished` is None. Raises `UsageError` for a refused key or setting, a
-        server that stays down, and too many prompts without an answer; answers until then are kept.
-        """
+        """Answers to the prompts, from the cache if they are there; `finished` is None where there
+        is none. Raises `UsageError` for a refused key or setting, a server that stays down, and too
+        many prompts without an answer; answers until then are kept."""
 
         def write(missing: dict[str, int], record: Callable[[str, Completion], None]) -> None:
             counts: Counter[bool] = Counter()
@@ -1943,8 +1940,7 @@ class Server:
                 key, prompt = item[0], prompts[item[1]]
                 request = self.request(key, prompt, **sampling)
                 try:
-                    read = functools.partial(self.completion, prompt)
-                    answer = await self.ask(self.create(client), request, read)
+                    answer = await self.ask(client, request, partial(self.completion, prompt))
                 except NoAnswer as problem:
                     answer = Completion(str(problem), None, 0, None)
                 if answer.finished is None:
@@ -1989,15 +1985,17 @@ class Server:
 
         asyncio.run(run())
 
-    async def ask(self, resource: Any, request: dict[str, Any], read: Callable[[Any], Any]) -> Any:
-        """`read(reply)`, asked again where that raises `ValueError`; at last raises `NoAnswer`."""
+    async def ask(self, client: Any, request: dict[str, Any], read: Callable[[Any], Any]) -> Any:
+        """`read(reply)` to a request for text, or of the models if it is empty; asked again where
+        `read` raises `ValueError`, at last raises `NoAnswer`."""
+        text = client.chat.completions if "messages" in request else client.completions
         reason, pause = "", 0.0
         for attempt in range(ATTEMPTS):
             await asyncio.sleep(pause)
             pause = min(FIRST_PAUSE * 2**attempt, LAST_PAUSE)
             try:
                 async with asyncio.timeout(self.args.api_timeout):
-                    raw = resource.with_raw_response
+                    raw = (text if request else client.models).with_raw_response
                     raw = await (raw.create(**request) if request else raw.list())
                 reply = raw.http_response.json()
                 try:
@@ -2058,9 +2056,6 @@ class ServerTeacher(Server):
     def head(self) -> None:
         """There is none: see `teacher_logits`."""
 
-    def create(self, client: Any) -> Any:
-        return client.completions
-
     def asked(self, prompt: Prompt) -> list[int]:
         return prompt.student
 
@@ -2078,7 +2073,7 @@ class ServerTeacher(Server):
 
     def completion(self, prompt: Prompt, reply: Any) -> Completion:
         """What the server wrote; `ValueError` for what is no completion of the prompt."""
-        (choice,), tokenizer = self._choices([prompt.student], reply), self.student.tokenizer
+        (choice,), tokenizer = _choices(reply, [prompt.student]), self.student.tokenizer
         ids, reason = choice["token_ids"], choice["finish_reason"]
         if not ids or not all(0 <= i < self.student.vocabulary for i in ids):
             raise ValueError(f"token_ids {ids}")
@@ -2088,12 +2083,6 @@ class ServerTeacher(Server):
             return Completion(f"finish_reason {reason} after {last}", None, 0, None)
         text = tokenizer.decode(ids[: len(ids) - finished], clean_up_tokenization_spaces=False)
         return Completion(text, finished, len(ids), ids)
-
-    def _choices(self, prompts: list[list[int]], reply: Any) -> list[dict[str, Any]]:
-        choices = sorted(reply["choices"], key=lambda choice: choice["index"])
-        if [choice["prompt_token_ids"] for choice in choices] != prompts:
-            raise ValueError("it has read other tokens than it was given")
-        return choices
 
     def read(self, texts: list[Tokens], k: int, record: Callable[..., None]) -> None:
         """Ask for the log-probabilities at the targets of texts, several texts in a request.
@@ -2125,21 +2114,20 @@ class ServerTeacher(Server):
 
         def read(reply: Any) -> list[Tensor]:
             parts = []
-            for text, choice in zip(texts, self._choices(prompts, reply), strict=True):
+            for text, choice in zip(texts, _choices(reply, prompts), strict=True):
                 given = choice["prompt_logprobs"]
                 if len(given) != len(text.ids) or given[0] is not None:
                     raise ValueError(f"{len(given)} positions for {len(text.ids)} tokens")
-                outcomes = [self._outcomes(given[i], text.ids[i], k) for i in text.targets]
-                parts.append(TopLogprobs.packed(outcomes, k))
+                rows = [self._outcomes(given[i], text.ids[i], k) for i in text.targets]
+                parts.append(TopLogprobs.packed(rows, k))
             return parts
 
-        request = self._logprobs_request(prompts, k) | {"temperature": temperature}
-        return await self.ask(client.completions, request, read)
+        return await self.ask(client, self._scoring(prompts, k, temperature), read)
 
-    def _logprobs_request(self, prompts: list[Any], k: int) -> dict[str, Any]:
+    def _scoring(self, prompts: list[Any], k: int, temperature: float = 1.0) -> dict[str, Any]:
         extra = {"prompt_logprobs": k, "return_token_ids": True, "add_special_tokens": False}
-        model = self.args.api_model
-        return {"model": model, "prompt": prompts, "max_tokens": 1, "extra_body": extra}
+        asked = {"prompt": prompts, "max_tokens": 1, "temperature": temperature}
+        return {"model": self.args.api_model, "extra_body": extra, **asked}
 
     def _outcomes(self, given: Any, target: int, k: int) -> tuple[list[int], list[float]]:
         """Ids and log-probabilities of a row of `TopLogprobs`; `ValueError` if they cannot be."""
@@ -2160,12 +2148,11 @@ class ServerTeacher(Server):
     async def greet(self, client: Any) -> None:
         """Prove that the server has the model, room for --max-length, the student's tokens, and K
         log-probabilities at T = 1, whatever else is in the batch; else raise `UsageError`."""
-        needs = "is no server for this method, which needs vLLM's /v1/completions with prompt "
-        needs += "token ids, return_token_ids and prompt_logprobs (sequence_level.py needs none)"
+        needs = "is no server for this method, which needs vLLM's /v1/completions with token ids, "
+        needs += f"return_token_ids and prompt_logprobs (vllm serve --max-logprobs {self.top})"
         try:
             await self._check_model(client)
-            choices = await self._check_tokens(client, needs)
-            probes = [with_response(ids[:1], ids[1:]) for ids in choices]
+            probes = [with_response(i[:1], i[1:]) for i in await self._check_tokens(client, needs)]
             alone, cold, together = [
                 TopLogprobs.unpack((await self._packed(client, texts, self.top, t))[0])
                 for texts, t in ((probes[:1], 1.0), (probes[:1], 0.1), (probes, 1.0))
@@ -2178,52 +2165,51 @@ class ServerTeacher(Server):
         ):
             nats = (changed.logprobs - alone.logprobs)[:, 0].abs().mean()
             if nats > 0.25:  # bfloat16 logits from 16 to 32 are 0.125 apart
-                message = (
-                    f"the log-probabilities of {self.base_url} depend by {nats:.2f} on {cause}"
-                )
-                raise UsageError(message)
+                words = f"the log-probabilities of {self.base_url} depend by {nats:.2f} on {cause}"
+                raise UsageError(words)
         self.greeted = True
 
     async def _check_model(self, client: Any) -> None:
-        name, args = self.args.api_model, self.args
-        models = await self.ask(client.models, {}, lambda reply: {
-            model["id"]: model.get("max_model_len") for model in reply["data"]
-        })  # fmt: skip
+        def read(reply: Any) -> dict[str, int | None]:
+            return {model["id"]: model.get("max_model_len") for model in reply["data"]}
+
+        models, name = await self.ask(client, {}, read), self.args.api_model
         if name not in models:
             raise UsageError(f"{self.base_url} has no {name}, only {', '.join(models)}")
-        if (models[name] or sys.maxsize) < (size := args.max_length + args.max_new_tokens):
+        size = self.args.max_length + self.args.max_new_tokens
+        if (models[name] or size) < size:
             raise UsageError(
                 f"{name} on {self.base_url} reads {models[name]} tokens, not --max-length and "
                 f"--max-new-tokens: vllm serve --max-model-len {size}"
             )
 
     async def _check_tokens(self, client: Any, needs: str) -> list[list[int]]:
-        """Ids of troublesome texts and of tokens from all of the vocabulary, by both tokenizers."""
-        tokenizer, size, name = self.student.tokenizer, self.student.vocabulary, self.args.api_model
-        texts = [render(tokenizer, HELLO, prompt=True, **json.loads(self.args.template_kwargs))]
+        """Ids of troublesome texts, and of tokens from all of the vocabulary, if they are equal."""
+        tokenizer, size = self.student.tokenizer, self.student.vocabulary
         places = [[*range(i, size, max(1, size // 32))] for i in range(8)]
+        texts = [render(tokenizer, HELLO, prompt=True, **json.loads(self.args.template_kwargs))]
         texts += TROUBLE + [tokenizer.decode(ids, skip_special_tokens=True) for ids in places]
-        read = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts}
-        read = {text: ids for text, ids in read.items() if len(ids) > 1}
-        choices = await self.ask(
-            client.completions, self._logprobs_request([*read], self.top),
-            lambda reply: sorted(reply["choices"], key=lambda choice: choice["index"]),
-        )  # fmt: skip
+        read = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        read = {text: ids for text, ids in zip(texts, read, strict=True) if len(ids) > 1}
+        choices = await self.ask(client, self._scoring([*read], self.top), _choices)
         for (text, ours), choice in zip(read.items(), choices, strict=True):
             theirs, logprobs = choice.get("prompt_token_ids"), choice.get("prompt_logprobs")
-            if not theirs or not logprobs:
+            if not theirs or not logprobs or len(logprobs[-1]) < min(self.top, size):
                 raise UsageError(f"{self.base_url} {needs}")
             if theirs != ours:
                 raise UsageError(
-                    f"{name} on {self.base_url} reads {text!r} as {theirs[:9]}, the student as "
-                    f"{ours[:9]}: this method needs one vocabulary, sequence_level.py does not"
-                )
-            if len(logprobs[-1]) < min(self.top, size):
-                raise UsageError(
-                    f"{self.base_url} gives {len(logprobs[-1])} log-probabilities: vllm serve "
-                    f"--max-logprobs {self.top}, or a lower --api-top-logprobs"
+                    f"{self.args.api_model} on {self.base_url} reads {text!r} as {theirs[:9]}, the "
+                    f"student as {ours[:9]}: two vocabularies are for sequence_level.py"
                 )
         return [*read.values()]
+
+
+def _choices(reply: Any, prompts: list[list[int]] | None = None) -> list[dict[str, Any]]:
+    """A reply's choices in order; `ValueError` if it has read other prompts than these."""
+    choices = sorted(reply["choices"], key=lambda choice: choice["index"])
+    if prompts is not None and [choice["prompt_token_ids"] for choice in choices] != prompts:
+        raise ValueError("it has read other tokens than it was given")
+    return choices
 
 
 ABSENT = -1e4  # the logarithm of 0, finite also in half precision

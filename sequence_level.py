@@ -22,13 +22,13 @@ student does not learn from answers that the length limit cut, empty ones and re
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -197,9 +197,6 @@ class ApiTeacher(common.Server):
         sampling["temperature"] = sampling["temperature"] or args.api_greedy_temperature
         return super().complete(prompts, args, **sampling)
 
-    def create(self, client: Any) -> Any:
-        return client.chat.completions
-
     def asked(self, prompt: common.Prompt) -> list[Any]:
         talk = prompt.conversation
         return talk.messages + [talk.options] * bool(talk.options)
@@ -212,9 +209,8 @@ class ApiTeacher(common.Server):
         for temperature in sorted({wanted or greedy, greedy, 1.0}):
             top_p = self.args.top_p if temperature == wanted else 1.0
             request = self.request("", hello, temperature, top_p)
-            read = functools.partial(self.completion, hello)
             try:
-                answer = await self.ask(self.create(client), request, read)
+                answer = await self.ask(client, request, partial(self.completion, hello))
                 if answer.finished is None:
                     raise common.NoAnswer(answer.text, None)
             except common.NoAnswer as problem:
