@@ -2194,13 +2194,13 @@ class ServerTeacher(Server):
         choices = await self.ask(client, self._scoring([*read], self.top), _choices)
         for (text, ours), choice in zip(read.items(), choices, strict=True):
             theirs, logprobs = choice.get("prompt_token_ids"), choice.get("prompt_logprobs")
-            if not theirs or not logprobs or len(logprobs[-1]) < min(self.top, size):
-                raise UsageError(f"{self.base_url} {needs}")
-            if theirs != ours:
+            if theirs and theirs != ours:
                 raise UsageError(
                     f"{self.args.api_model} on {self.base_url} reads {text!r} as {theirs[:9]}, the "
                     f"student as {ours[:9]}: two vocabularies are for sequence_level.py"
                 )
+            if not theirs or len((logprobs or [()])[-1]) < min(self.top, size):
+                raise UsageError(f"{self.base_url} {needs}")
         return [*read.values()]
 
 
