@@ -22,6 +22,7 @@ length in tokens, K top entries.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import copy
 import csv
@@ -48,6 +49,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -96,6 +98,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 STARTED = time.perf_counter()  # for the seconds in results.json
 DATA = Path(__file__).resolve().parent / "data"
 Tokenizer = PreTrainedTokenizerBase
+KEY = "OPENAI_API_KEY"  # the environment's name for a server's key
+URL = r"https?://(\[[\w:]+\]|[^][\s/?#@:]+)(:\d+)?(/[^\s?#@]*)?"
 # transformers lets the host wait for the GPU in every forward pass, to see whether a row is packed
 # from several texts. Ours never are.
 masking_utils.find_packed_sequence_indices = lambda position_ids: None
@@ -197,7 +201,20 @@ class CommonArguments:
     logging_steps: int = flag(10, "steps between writes to metrics.jsonl")
     report_to: str = flag("none", "send metrics to a tracker too: tensorboard, wandb, ...")
     cache_dir: str = flag("runs/cache", "where the teacher's text is kept for later runs")
-    cache_teacher: bool = flag(True, "keep the teacher's hidden states in --cache-dir")
+    cache_teacher: bool = flag(
+        True, "keep the teacher's hidden states, or a server's log-probabilities, in --cache-dir"
+    )
+
+    api_base_url: str | None = flag(
+        None,
+        "the teacher is a model behind this server (https://HOST/v1): vLLM, or for "
+        f"sequence_level.py any OpenAI-compatible one; its key is read from ${KEY}",
+    )
+    api_model: str | None = flag(None, "the teacher's name on that server")
+    api_top_logprobs: int = flag(64, "K: log-probabilities that the server gives at each token")
+    api_concurrency: int = flag(8, "requests under way at a time")
+    api_timeout: float = flag(600.0, "seconds for one answer before it is asked again")
+    api_max_failures: float = flag(0.1, "share of prompts without an answer that ends the run")
 
 
 def parse_arguments(
@@ -218,7 +235,8 @@ def parse_arguments(
 def check_arguments(args: CommonArguments) -> None:
     """Refuse values that no run could use. A script checks the ranges of its own flags itself."""
     positive = {"temperature", "batch_size", "learning_rate", "max_grad_norm", "max_length",
-                "max_new_tokens", "generation_batch_size", "logging_steps"}  # fmt: skip
+                "max_new_tokens", "generation_batch_size", "logging_steps", "api_top_logprobs",
+                "api_concurrency", "api_timeout"}  # fmt: skip
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, int | float) or name == "max_steps":
             continue
@@ -228,7 +246,9 @@ def check_arguments(args: CommonArguments) -> None:
     with usage_error("--template-kwargs", ValueError):
         if not isinstance(json.loads(args.template_kwargs), dict):
             raise ValueError("must be a JSON object")
-    changed = changed_flags(args).keys()
+    changed, url = changed_flags(args).keys(), args.api_base_url
+    api = [as_flag(name) for name in changed if name.startswith("api_")]
+    weights = {"teacher", "teacher_revision", "teacher_dtype"}
     trackers = ["none", *map(str, get_available_trackers())]
     local = [Path(model).is_dir() for model in (args.student, args.teacher)]
     for wrong, message in (
@@ -249,6 +269,16 @@ def check_arguments(args: CommonArguments) -> None:
         ("teacher_revision" in changed and local[1], "--teacher-revision is for hub models"),
         (changed & {"dataset_config", "dataset_split"} and Path(args.dataset).is_file(),
          "--dataset-config and --dataset-split are for hub data sets and directories"),
+        (args.api_max_failures > 1, "--api-max-failures is a share, from 0 to 1"),
+        (api and not url, f"{', '.join(api)} needs --api-base-url"),
+        (url and changed & weights, f"{', '.join(map(as_flag, sorted(changed & weights)))} is for "
+         "a teacher that is loaded here, not an API"),
+        (url and not args.api_model, "--api-base-url needs --api-model, the teacher's name"),
+        (url and not re.fullmatch(URL, url),
+         "--api-base-url must look like https://HOST/v1, without user name, password or "
+         f"parameters: a key belongs in the environment, {KEY}"),
+        (url and not find_spec("openai"),
+         '--api-base-url needs the openai client: pip install -e ".[api]"'),
     ):  # fmt: skip
         if wrong:
             raise UsageError(message)
@@ -791,7 +821,7 @@ class Pair(NamedTuple):
     """Student and teacher, each with its own tokenizer and chat template."""
 
     student: LanguageModel
-    teacher: Any  # a LanguageModel, or sequence_level.ApiTeacher, which only completes prompts
+    teacher: Any  # a LanguageModel, or a Server, of which a ServerTeacher has the student's tokens
 
     @property
     def has_weights(self) -> bool:
@@ -801,7 +831,9 @@ class Pair(NamedTuple):
     @property
     def same_vocabulary(self) -> bool:
         """Whether equal ids are equal tokens, as far as both models have them."""
-        return self.has_weights and not self.different_tokens()
+        if self.has_weights:
+            return not self.different_tokens()
+        return isinstance(self.teacher, ServerTeacher)  # which proves it before it answers
 
     def different_tokens(self) -> list[str]:
         """Tokens that one model lacks or has at another id, but for those added at the end."""
@@ -810,6 +842,8 @@ class Pair(NamedTuple):
 
     def check_same_vocabulary(self) -> None:
         """Refuse two vocabularies: divergences token by token compare the ids that both have."""
+        if not self.has_weights:
+            return  # a `ServerTeacher`
         if different := self.different_tokens():
             raise UsageError(
                 f"the vocabularies of {self.student.name} and {self.teacher.name} differ in "
@@ -1068,7 +1102,11 @@ def freeze_unreached(student: LanguageModel) -> None:
 
 
 def load_pair(args: CommonArguments, device: torch.device) -> Pair:
-    """Student and teacher; the teacher's weights are loaded only if its head is not cached."""
+    """Student and teacher; the teacher's weights are loaded only if its head is not cached, and a
+    teacher on a server is asked only for what is not cached."""
+    if args.api_base_url:
+        student = load_student(args, device)
+        return Pair(student, ServerTeacher(args, student))
     teacher = open_model(args, device, "teacher")
     # Then only the main process loads the teacher, and fills the cache for all.
     alone = teacher.spread and PartialState().distributed_type != DistributedType.NO
@@ -1948,7 +1986,9 @@ class TeacherHiddenStates:
     on the same text get the same bits whatever their divergence; later runs load no backbone.
     """
 
-    def __init__(self, teacher: LanguageModel, examples: Sequence[Example], purpose: str) -> None:
+    def __init__(
+        self, teacher: LanguageModel | ServerTeacher, examples: Sequence[Example], purpose: str
+    ) -> None:
         """Fill the cache with what it lacks; `purpose` is shown to the user.
 
         Raises `UsageError` if the disk has no room, before anything is written.
@@ -1956,22 +1996,27 @@ class TeacherHiddenStates:
         self.teacher, self.directory = teacher, teacher.states_dir
         if self.directory is None or not examples:
             return
+        head = teacher.head()
+        self.width = head.weight.shape[1] if head else 3 * teacher.top + 4
         self.keys = {e.index: f"{row_seed(*e.teacher):016x}" for e in examples}
         with exclusive(self.directory / "lock"):
             self._fill({self.keys[e.index]: e for e in examples}, purpose)
         self.files = self._list()  # after all processes have written
-        loaded = "is loaded" if teacher.loaded else "is not loaded"
-        PartialState().print(f"{purpose}: teacher states from the cache; its backbone {loaded}")
+        if head:
+            loaded = "is loaded" if teacher.loaded else "is not loaded"
+            PartialState().print(f"{purpose}: teacher states from the cache; its backbone {loaded}")
 
-    def __call__(self, examples: Sequence[Example], live: bool = False) -> Tensor:
-        """Hidden states (N, d) on the teacher's device, at the N targets of the examples."""
+    def __call__(
+        self, examples: Sequence[Example], live: bool = False, top: int | None = None
+    ) -> Tensor:
+        """Hidden states (N, d) on the teacher's device, at the N targets of the examples; `top` is
+        the K of a server's live log-probabilities, if not --api-top-logprobs."""
         if live or self.directory is None:
-            return teacher_hidden_states(self.teacher, examples)
-        width, dtype = self.teacher.head().weight.shape[1], self.teacher.compute_dtype
+            return teacher_hidden_states(self.teacher, examples, top if live else None)
         keys = [self.keys[e.index] for e in examples]
         parts = [self.files[key].get_tensor(key) for key in keys]
-        hidden = torch.cat([torch.empty(0, width, dtype=dtype), *parts])
-        return to_device(hidden, self.teacher.device)
+        empty = torch.empty(0, self.width, dtype=self.teacher.compute_dtype)
+        return to_device(torch.cat([empty, *parts]), self.teacher.device)
 
     def _list(self) -> dict[str, Any]:
         """The open file that holds each key."""
@@ -1986,14 +2031,15 @@ class TeacherHiddenStates:
         """Compute each batch with a missing tensor, and write the missing tensors.
 
         Batches follow from the text alone and are computed whole, so that a run that was killed
-        here ends with the same bits as one that was not.
+        here ends with the same bits as one that was not. A server is asked only for what is
+        missing, and each of its replies is written before its worker asks for the next.
         """
         teacher, head_file = self.teacher, self.directory / "head.safetensors"
         head, missing = teacher.head(), examples.keys() - self._list().keys()
         PartialState().wait_for_everyone()  # nobody writes before all have looked
-        per_token = head.weight.shape[1] * teacher.compute_dtype.itemsize
+        per_token = self.width * teacher.compute_dtype.itemsize
         size = sum(len(examples[key].teacher.targets) for key in missing) * per_token
-        size += 0 if head_file.exists() else head.weight.nbytes
+        size += head.weight.nbytes if head and not head_file.exists() else 0
         if size > (free := shutil.disk_usage(self.directory).free):
             raise UsageError(
                 f"the teacher's states need {size / 1e6:.1f} MB and {self.directory} has "
@@ -2002,30 +2048,414 @@ class TeacherHiddenStates:
         if size:
             place = f"{self.directory}, {per_token} bytes a token"
             PartialState().print(f"{purpose}: {size / 1e6:.1f} MB of teacher states to {place}")
-        if PartialState().is_main_process and not head_file.exists():
+        if head and PartialState().is_main_process and not head_file.exists():
             save_tensors(head_file, weight=head.weight, bias=head.bias)
         by_length = length_batches(examples.items(), lambda item: len(item[1].teacher.ids))
         lacking = [batch for batch in by_length if any(key in missing for key, _ in batch)]
         mine = my_share(lacking, teacher.spread)
-        with progress(f"teacher states ({purpose})", len(mine)) as bar:
-            for batch in mine:
+        items = [item for batch in mine for item in batch if item[0] in missing]
+        with progress(f"teacher states ({purpose})", len(items)) as bar:
+
+            def record(batch: list[tuple[str, Example]], parts: Sequence[Tensor]) -> None:
+                named = {k: part for (k, _), part in zip(batch, parts, strict=True) if k in missing}
+                name = f"states-{row_seed(*named):016x}.safetensors"
+                save_tensors(self.directory / name, **named)
+                bar.update(len(named))
+
+            for batch in mine if head else ():
                 hidden = teacher_hidden_states(teacher, [e for _, e in batch])
                 if not hidden.isfinite().all():
                     raise UsageError(
                         f"{teacher.name} overflows in {hidden.dtype}: set another --teacher-dtype"
                     )
                 counts = [len(e.teacher.targets) for _, e in batch]
-                parts = hidden.to("cpu", teacher.compute_dtype).split(counts)
-                named = {k: part for (k, _), part in zip(batch, parts, strict=True) if k in missing}
-                name = f"states-{row_seed(*named):016x}.safetensors"
-                save_tensors(self.directory / name, **named)
-                bar.update()
+                record(batch, hidden.to("cpu", teacher.compute_dtype).split(counts))
+            if not head:
+                texts = [e.teacher for _, e in items]
+                teacher.read(texts, teacher.top, lambda i, got: record([items[j] for j in i], got))
 
 
 @torch.no_grad()
-def teacher_hidden_states(teacher: LanguageModel, examples: Sequence[Example]) -> Tensor:
+def teacher_hidden_states(
+    teacher: LanguageModel | ServerTeacher, examples: Sequence[Example], top: int | None = None
+) -> Tensor:
     """The teacher's final hidden states (N, d) at the N targets of the examples."""
+    if isinstance(teacher, ServerTeacher):
+        return teacher.live(examples, teacher.top if top is None else top)
     return teacher.hidden_states(collate([e.teacher for e in examples], teacher.device))
+
+
+# ------------------------------------------------------------------------- a teacher on a server
+
+ATTEMPTS = 10  # for one answer
+FIRST_PAUSE, LAST_PAUSE, LONGEST_PAUSE = 0.5, 8.0, 600.0  # seconds; the longest for Retry-After
+HELLO = [{"role": "user", "content": "Hello"}]
+TROUBLE = [  # texts that tokenizers split differently
+    "  two  spaces,\n\n\ttabs \r\n and a long     gap", "don't DON'T 3.14159 1234567890 AbC_dEf",
+    "naïve e\u0301 日本語 🙂 ﷽ \u200b\ufeff \u202e𝔘 ﬁ", "<s> [INST] </s> <|endoftext|> <unk> # ",
+]  # fmt: skip
+
+
+class NoAnswer(Exception):
+    """Why a server gave no answer, with the status of its refusal; None: it may answer later."""
+
+    def __init__(self, reason: str, status: int | None) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Server:
+    """A model behind an OpenAI-compatible server. A subclass says how it is asked for text, by
+    `request` and `completion`, and what the server must be able to do, by `greet`.
+
+    Answers are cached like those of a local teacher, found by `identity`, settings, what is `asked`
+    and the number of the sample. Each is recorded before its worker asks for the next, so that a
+    killed run loses at most --api-concurrency of them. The key is in no file and no message.
+    """
+
+    def __init__(self, args: CommonArguments, student: LanguageModel) -> None:
+        import openai  # takes a second to import, and a local teacher needs none
+
+        self.openai, self.args, self.student = openai, args, student
+        self.key = os.environ.get(KEY, "").strip()
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise UsageError(f"{KEY} holds characters that no header can carry")
+        self.base_url = args.api_base_url.rstrip("/")
+        self.identity, self.greeted = ["api", self.base_url, args.api_model], False
+
+    def complete(
+        self, prompts: Sequence[Prompt], args: CommonArguments, **sampling: Any
+    ) -> list[Completion]:
+        """Answers to the prompts, from the cache if they are there; `finished` is None where there
+        is none. Raises `UsageError` for a refused key or setting, a server that stays down, and too
+        many prompts without an answer; answers until then are kept."""
+
+        def write(missing: dict[str, int], record: Callable[[str, Completion], None]) -> None:
+            counts: Counter[bool] = Counter()
+
+            async def work(client: Any, item: tuple[str, int]) -> None:
+                key, prompt = item[0], prompts[item[1]]
+                request = self.request(key, prompt, **sampling)
+                try:
+                    answer = await self.ask(client, request, partial(self.completion, prompt))
+                except NoAnswer as problem:
+                    answer = Completion(str(problem), None, 0, None)
+                if answer.finished is None:
+                    await self.greet(client)
+                record(key, answer)
+                counts[answer.finished is None] += 1
+                if counts[True] > self.args.api_max_failures * max(50, counts.total()):
+                    raise UsageError(
+                        f"{counts[True]} of {counts.total()} prompts got no answer, too many for "
+                        f"--api-max-failures; the last: {prompt.conversation.source}: {answer.text}"
+                    )
+
+            self.each(missing.items(), work)
+
+        asked = [self.asked(prompt) for prompt in prompts]
+        answers = cached_completions(prompts, asked, self.identity, args, write, **sampling)
+        both = zip(prompts, answers, strict=True)
+        failed = [f"\n  {p.conversation.source}: {a.text}" for p, a in both if a.finished is None]
+        if failed:
+            PartialState().print(
+                f"{sampling['purpose']}: {len(failed)} of {len(prompts)} prompts got no answer and "
+                f"are left out; a new run asks them again:{''.join(failed)}"
+            )
+        return answers
+
+    def each(self, items: Iterable[Item], work: Callable[[Any, Item], Any]) -> None:
+        """`await work(client, item)` for all items, --api-concurrency at a time."""
+        waiting = iter(items)
+
+        async def worker(client: Any) -> None:
+            for item in waiting:
+                await work(client, item)
+
+        async def run() -> None:
+            workers = max(1, self.args.api_concurrency // PartialState().num_processes)
+            async with self.openai.AsyncOpenAI(
+                base_url=self.base_url, api_key=self.key or "none", max_retries=0, timeout=None,
+            ) as client:  # fmt: skip
+                if not self.greeted:
+                    await self.greet(client)
+                await asyncio.gather(*(worker(client) for _ in range(workers)))
+
+        asyncio.run(run())
+
+    async def ask(self, client: Any, request: dict[str, Any], read: Callable[[Any], Any]) -> Any:
+        """`read(reply)` to a request for text, or of the models if it is empty; asked again where
+        `read` raises `ValueError`, at last raises `NoAnswer`."""
+        text = client.chat.completions if "messages" in request else client.completions
+        reason, pause = "", 0.0
+        for attempt in range(ATTEMPTS):
+            await asyncio.sleep(pause)
+            pause = min(FIRST_PAUSE * 2**attempt, LAST_PAUSE)
+            try:
+                async with asyncio.timeout(self.args.api_timeout):
+                    raw = (text if request else client.models).with_raw_response
+                    raw = await (raw.create(**request) if request else raw.list())
+                reply = raw.http_response.json()
+                try:
+                    return read(reply)
+                except (AttributeError, TypeError, LookupError, OverflowError):
+                    raise ValueError(json.dumps(reply)) from None
+            except self.openai.APIStatusError as problem:
+                status = problem.status_code
+                reason = f"({status}) {self.scrubbed(problem)}"
+                passes = status >= 500 or status in {408, 409, 429}
+                if not passes or problem.code == "insufficient_quota":
+                    raise NoAnswer(reason, status) from None
+                after = problem.response.headers.get("retry-after", "")  # seconds, or a date
+                pause = max(pause, float(after) if after.isdecimal() else 0.0)
+                if pause > LONGEST_PAUSE:
+                    break
+            except TimeoutError:
+                reason = f"no answer within --api-timeout {self.args.api_timeout:g} seconds"
+            except (self.openai.APIConnectionError, ValueError, RecursionError) as problem:
+                reason = f"no completion: {self.scrubbed(problem)}"
+        raise NoAnswer(reason, None)
+
+    def refused(self, problem: NoAnswer, cause: str = "") -> UsageError:
+        """The error that ends the run."""
+        later = f"gave no answer in {ATTEMPTS} attempts, run the same command again later"
+        key = f"refuses the key in {KEY}" if self.key else f"wants a key: set {KEY}"
+        causes = {401: key, 403: key, 404: f"has no {self.args.api_model}", None: later}
+        cause = cause or causes.get(problem.status, "refuses the request")
+        return UsageError(f"{self.base_url} {cause}: {problem}")
+
+    def scrubbed(self, problem: Any) -> str:
+        """What went wrong, on one line and without the key, which a server may repeat."""
+        words = str(problem)
+        if isinstance(problem, self.openai.APIConnectionError):
+            while problem := problem.__cause__ or problem.__context__:
+                words = str(problem) or words  # the innermost cause tells most
+        words = words.replace(self.key or "\0", "[key]").encode("utf-8", "replace").decode()
+        return (words.strip().splitlines() or ["nothing"])[0][:300]
+
+
+class ServerTeacher(Server):
+    """A model on a vLLM server that has the student's tokens: text and log-probabilities.
+
+    It reads the ids of the student's template and tokenizer, never text, and each reply must say
+    that it has read these. `greet` proves what training relies on. What `TeacherHiddenStates` keeps
+    of it are log-probabilities, as `TopLogprobs.packed`.
+    """
+
+    compute_dtype = torch.int16  # of what is kept
+
+    def __init__(self, args: CommonArguments, student: LanguageModel) -> None:
+        super().__init__(args, student)
+        self.top, self.device = args.api_top_logprobs, student.device
+        self.identity += ["ids", row_seed(sorted(student.tokenizer.get_vocab().items()))]
+        name = f"{row_seed(self.identity, self.top):016x}"
+        self.states_dir = Path(args.cache_dir) / "logprobs" / name if args.cache_teacher else None
+
+    def head(self) -> None:
+        """There is none: see `teacher_logits`."""
+
+    def asked(self, prompt: Prompt) -> list[int]:
+        return prompt.student
+
+    def request(
+        self, key: str, prompt: Prompt, temperature: float, top_p: float = 1.0, **_: Any
+    ) -> dict[str, Any]:
+        """What is not set here, the model's generation_config.json would set."""
+        extra = {"min_p": 0.0, "top_k": 0, "repetition_penalty": 1.0, "return_token_ids": True}
+        return {
+            "model": self.args.api_model, "prompt": prompt.student, "temperature": temperature,
+            "top_p": top_p, "max_tokens": self.args.max_new_tokens,
+            "seed": row_seed(self.args.seed, key),
+            "extra_body": extra | {"stop_token_ids": self.student.end_ids},
+        }  # fmt: skip
+
+    def completion(self, prompt: Prompt, reply: Any) -> Completion:
+        """What the server wrote; `ValueError` for what is no completion of the prompt."""
+        (choice,), tokenizer = _choices(reply, [prompt.student]), self.student.tokenizer
+        ids, reason = choice["token_ids"], choice["finish_reason"]
+        if not ids or not all(0 <= i < self.student.vocabulary for i in ids):
+            raise ValueError(f"token_ids {ids}")
+        finished = ids[-1] in self.student.end_ids
+        if reason != ("stop" if finished else "length"):
+            last = tokenizer.convert_ids_to_tokens(ids[-1])
+            return Completion(f"finish_reason {reason} after {last}", None, 0, None)
+        text = tokenizer.decode(ids[: len(ids) - finished], clean_up_tokenization_spaces=False)
+        return Completion(text, finished, len(ids), ids)
+
+    def read(self, texts: list[Tokens], k: int, record: Callable[..., None]) -> None:
+        """Ask for the log-probabilities at the targets of texts, several texts in a request.
+
+        `record(places, parts)` gets the places of a request's texts, and for each its `packed`.
+        """
+        size = 2**16 // (k + 1)  # JSON takes some 80 bytes for each
+        batches = length_batches(range(len(texts)), lambda i: len(texts[i].ids), size)
+
+        async def work(client: Any, places: list[int]) -> None:
+            try:
+                record(places, await self._packed(client, [texts[i] for i in places], k))
+            except NoAnswer as problem:
+                raise self.refused(problem) from None
+
+        if batches:
+            self.each(batches, work)
+
+    def live(self, examples: Sequence[Example], k: int) -> Tensor:
+        """What the server says now of the examples' targets: `packed` (N, 3k + 4)."""
+        texts, parts = [e.teacher for e in examples], {-1: TopLogprobs.packed([], k)}
+        self.read(texts, k, lambda places, got: parts.update(zip(places, got, strict=True)))
+        return to_device(torch.cat([parts[i] for i in sorted(parts)]), self.device)
+
+    async def _packed(
+        self, client: Any, texts: list[Tokens], k: int, temperature: float = 1.0
+    ) -> list[Tensor]:
+        prompts = [text.ids for text in texts]
+
+        def read(reply: Any) -> list[Tensor]:
+            parts = []
+            for text, choice in zip(texts, _choices(reply, prompts), strict=True):
+                given = choice["prompt_logprobs"]
+                if len(given) != len(text.ids) or given[0] is not None:
+                    raise ValueError(f"{len(given)} positions for {len(text.ids)} tokens")
+                rows = [self._outcomes(given[i], text.ids[i], k) for i in text.targets]
+                parts.append(TopLogprobs.packed(rows, k))
+            return parts
+
+        return await self.ask(client, self._scoring(prompts, k, temperature), read)
+
+    def _scoring(self, prompts: list[Any], k: int, temperature: float = 1.0) -> dict[str, Any]:
+        extra = {"prompt_logprobs": k, "return_token_ids": True, "add_special_tokens": False}
+        asked = {"prompt": prompts, "max_tokens": 1, "temperature": temperature}
+        return {"model": self.args.api_model, "extra_body": extra, **asked}
+
+    def _outcomes(self, given: Any, target: int, k: int) -> tuple[list[int], list[float]]:
+        """Ids and log-probabilities of a row of `TopLogprobs`; `ValueError` if they cannot be."""
+        logprobs = {int(i): float(entry["logprob"]) for i, entry in given.items()}
+        size, likeliest = self.student.vocabulary, sorted(logprobs.values(), reverse=True)
+        if target not in logprobs or not min(k, size) <= len(logprobs) <= k + 1:
+            raise ValueError(f"{len(logprobs)} log-probabilities, not {k} and that of {target}")
+        total = math.fsum(map(math.exp, likeliest))
+        if not all(-1000 < x < 1e-3 for x in likeliest) or not total < 1.001:
+            raise ValueError(f"{likeliest[:3]}, ... with sum {total} are no log-probabilities")
+        named = {i: logprobs[i] for i in {target: 0} | logprobs if 0 <= i < size}
+        # 1 - the sum is rounding if it is small; none of the rest is likelier than the Kth.
+        bound = (size - len(named)) * math.exp(likeliest[:k][-1]) if k else 1.0
+        rest, absent = min(max(1 - total, 1e-6), bound), k + 1 - len(named)
+        values = [*named.values(), *[ABSENT] * absent, math.log(rest) if rest else ABSENT]
+        return [*named, *[target] * absent], values
+
+    async def greet(self, client: Any) -> None:
+        """Prove that the server has the model, room for --max-length, the student's tokens, and K
+        log-probabilities at T = 1, whatever else is in the batch; else raise `UsageError`."""
+        needs = "is no server for this method, which needs vLLM's /v1/completions with token ids, "
+        needs += f"return_token_ids and prompt_logprobs (vllm serve --max-logprobs {self.top})"
+        try:
+            await self._check_model(client)
+            probes = [with_response(i[:1], i[1:]) for i in await self._check_tokens(client, needs)]
+            alone, cold, together = [
+                TopLogprobs.unpack((await self._packed(client, texts, self.top, t))[0])
+                for texts, t in ((probes[:1], 1.0), (probes[:1], 0.1), (probes, 1.0))
+            ]
+        except NoAnswer as problem:
+            raise self.refused(problem, needs * (problem.status in {400, 404, 405, 422})) from None
+        for changed, cause in (
+            (cold, "the sampling temperature: vllm serve --logprobs-mode raw_logprobs"),
+            (together, "what else is in the batch"),
+        ):
+            nats = (changed.logprobs - alone.logprobs)[:, 0].abs().mean()
+            if nats > 0.25:  # bfloat16 logits from 16 to 32 are 0.125 apart
+                words = f"the log-probabilities of {self.base_url} depend by {nats:.2f} on {cause}"
+                raise UsageError(words)
+        self.greeted = True
+
+    async def _check_model(self, client: Any) -> None:
+        def read(reply: Any) -> dict[str, int | None]:
+            return {model["id"]: model.get("max_model_len") for model in reply["data"]}
+
+        models, name = await self.ask(client, {}, read), self.args.api_model
+        if name not in models:
+            raise UsageError(f"{self.base_url} has no {name}, only {', '.join(models)}")
+        size = self.args.max_length + self.args.max_new_tokens
+        if (models[name] or size) < size:
+            raise UsageError(
+                f"{name} on {self.base_url} reads {models[name]} tokens, not --max-length and "
+                f"--max-new-tokens: vllm serve --max-model-len {size}"
+            )
+
+    async def _check_tokens(self, client: Any, needs: str) -> list[list[int]]:
+        """Ids of troublesome texts, and of tokens from all of the vocabulary, if they are equal."""
+        tokenizer, size = self.student.tokenizer, self.student.vocabulary
+        places = [[*range(i, size, max(1, size // 32))] for i in range(8)]
+        texts = [render(tokenizer, HELLO, prompt=True, **json.loads(self.args.template_kwargs))]
+        texts += TROUBLE + [tokenizer.decode(ids, skip_special_tokens=True) for ids in places]
+        read = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        read = {text: ids for text, ids in zip(texts, read, strict=True) if len(ids) > 1}
+        choices = await self.ask(client, self._scoring([*read], self.top), _choices)
+        for (text, ours), choice in zip(read.items(), choices, strict=True):
+            theirs, logprobs = choice.get("prompt_token_ids"), choice.get("prompt_logprobs")
+            if theirs and theirs != ours:
+                raise UsageError(
+                    f"{self.args.api_model} on {self.base_url} reads {text!r} as {theirs[:9]}, the "
+                    f"student as {ours[:9]}: two vocabularies are for sequence_level.py"
+                )
+            if not theirs or len((logprobs or [()])[-1]) < min(self.top, size):
+                raise UsageError(f"{self.base_url} {needs}")
+        return [*read.values()]
+
+
+def _choices(reply: Any, prompts: list[list[int]] | None = None) -> list[dict[str, Any]]:
+    """A reply's choices in order; `ValueError` if it has read other prompts than these."""
+    choices = sorted(reply["choices"], key=lambda choice: choice["index"])
+    if prompts is not None and [choice["prompt_token_ids"] for choice in choices] != prompts:
+        raise ValueError("it has read other tokens than it was given")
+    return choices
+
+
+ABSENT = -1e4  # the logarithm of 0, finite also in half precision
+
+
+@dataclass(frozen=True)
+class TopLogprobs:
+    """A server's probabilities at N targets: of K + 2 outcomes that sum to 1.
+
+    Column 0 is the target itself. The next K are the other tokens that the server named; a place
+    that needs none holds the target's id and `ABSENT`. The last outcome is every other token.
+    """
+
+    ids: Tensor  # (N, K + 1)
+    logprobs: Tensor  # (N, K + 2)
+
+    @staticmethod
+    def packed(rows: Sequence[tuple[list[int], list[float]]], k: int) -> Tensor:
+        """Ids in 32 bits and log-probabilities in 16 as one tensor (N, 3k + 4) of int16."""
+        ids = torch.tensor([ids for ids, _ in rows], dtype=torch.int32).view(-1, k + 1)
+        logprobs = torch.tensor([values for _, values in rows]).view(-1, k + 2)
+        return torch.cat([ids.view(torch.int16), logprobs.half().view(torch.int16)], 1)
+
+    @staticmethod
+    def unpack(packed: Tensor) -> TopLogprobs:
+        k = (packed.shape[1] - 4) // 3
+        ids, logprobs = (part.contiguous() for part in packed.split([2 * k + 2, k + 2], 1))
+        # Rounding has changed the sum, without which a divergence could be negative.
+        logprobs = logprobs.view(torch.float16).float().log_softmax(-1)
+        return TopLogprobs(ids.view(torch.int32).long(), logprobs)
+
+    def cast(self) -> TopLogprobs:
+        """Itself: there is no head to convert."""
+        return self
+
+
+def outcomes(student: Tensor, ids: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of a server's outcomes (n, K + 2): the student's and the teacher's; and the
+    student's of the tokens given the last outcome (n, V), which overwrite `student` (n, V)."""
+    named = student.gather(1, ids).masked_fill_(teacher[:, :-1] < ABSENT / 2, ABSENT)
+    others = student.scatter_(1, ids, -math.inf)
+    # Not log(1 - the sum of the named ones), which is rounding where the student is sure.
+    rest = others.logsumexp(-1, keepdim=True).clamp_min_(ABSENT)
+    return torch.cat([named, rest], 1), teacher.to(student.dtype, copy=True), others.sub_(rest)
+
+
+def teacher_logits(hidden: Tensor, head: Head | None) -> Logits | TopLogprobs:
+    """What the teacher says, from what `TeacherHiddenStates` gives; a server has no head."""
+    return Logits(hidden, head) if head else TopLogprobs.unpack(hidden)
 
 
 # --------------------------------------------------------------------------------------- losses
@@ -2197,10 +2627,13 @@ def chunked_loss(
 
 
 def distillation_loss(
-    student: Logits, targets: Tensor, objective: Objective, teacher: Logits | None = None
-) -> tuple[Tensor, Tensor]:
+    student: Logits, targets: Tensor, objective: Objective,
+    teacher: Logits | TopLogprobs | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The objective summed over N target tokens with ids `targets` (N,); without a teacher it is
     cross-entropy alone. Returns what `chunked_loss` returns."""
+    if isinstance(teacher, TopLogprobs):
+        return top_logprobs_loss(student, objective, teacher)
     pieces = [(rows, rows, (targets[rows], objective)) for rows in student.chunks()]
     return chunked_loss(student, teacher, pieces, _distillation)
 
@@ -2227,6 +2660,35 @@ def _distillation(
     if weight:
         gradient.scatter_add_(1, target, torch.full_like(target, -weight, dtype=gradient.dtype))
     return torch.stack([loss, kl]), gradient
+
+
+def top_logprobs_loss(
+    student: Logits, objective: Objective, teacher: TopLogprobs
+) -> tuple[Tensor, Tensor]:
+    """The objective at T = 1 on a server's K + 2 outcomes, summed over N targets. Returns what
+    `chunked_loss` returns.
+
+    Merging tokens into one outcome lowers a divergence, so this one is a lower bound of that of the
+    whole vocabulary, and never negative.
+    """
+    ids, logprobs = teacher.ids, teacher.logprobs
+    pieces = [(rows, rows, (ids[rows], logprobs[rows], objective)) for rows in student.chunks()]
+    return chunked_loss(student, None, pieces, _top_logprobs)
+
+
+def _top_logprobs(
+    logits: Tensor, _: None, inputs: tuple[Tensor, Tensor, Objective]
+) -> tuple[Tensor, Tensor]:
+    ids, logprobs, objective = inputs
+    weight = objective.ce_weight
+    ours, theirs, others = outcomes(log_softmax_with_temperature(logits), ids, logprobs)
+    values, slope = divergence(ours, theirs, objective)
+    kl, slope = values.sum(), slope + weight * ours.exp()  # (n, K + 2)
+    slope[:, 0] -= weight
+    # The last outcome's logit is the logsumexp of its tokens' logits.
+    gradient = others.exp_().mul_(slope[:, -1:])
+    gradient.scatter_add_(1, ids, slope[:, :-1])
+    return torch.stack([kl - weight * ours[:, 0].sum(), kl]), gradient
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -2286,12 +2748,12 @@ class Evaluator:
             self.examples, lambda e: max(len(e.student.ids), len(e.teacher.ids))
         )
         tallies = {e.index: self._answer_tally(e.index, greedy[e.index]) for e in self.examples}
-        if pair.has_weights:
+        if pair.has_weights or self.comparable:
             states = TeacherHiddenStates(teacher, examples, "evaluation text")
-            head = teacher.head()
-            self.teacher_logits = [Logits(states(batch).cpu(), head) for batch in self.batches]
+            head, reader = teacher.head(), teacher if pair.has_weights else pair.student
+            self.teacher_logits = [teacher_logits(states(b).cpu(), head) for b in self.batches]
             for batch, logits in zip(self.batches, self.teacher_logits, strict=True):
-                self._add_likelihoods(tallies, batch, teacher, logits, logits)
+                self._add_likelihoods(tallies, batch, reader, logits, logits)
         self.teacher_tallies = gathered(tallies)
 
     def __call__(self, show: int = 0) -> list[Tally]:
@@ -2323,8 +2785,8 @@ class Evaluator:
         return tally | {"response_tokens": answer.length, "cut_off": not answer.finished}
 
     def _add_likelihoods(
-        self, tallies: dict[int, Tally], batch: list[Example], model: LanguageModel, logits: Logits,
-        teacher: Logits | None,
+        self, tallies: dict[int, Tally], batch: list[Example], model: LanguageModel,
+        logits: Logits | TopLogprobs, teacher: Logits | TopLogprobs | None,
     ) -> None:  # fmt: skip
         """Add a model's likelihoods of the teacher's samples."""
         sides = [e.student if model is self.student else e.teacher for e in batch]
@@ -2348,17 +2810,29 @@ class Evaluator:
 
 
 @torch.no_grad()
-def compare(student: Logits, targets: Tensor, teacher: Logits | None = None) -> dict[str, Tensor]:
+def compare(
+    student: Logits | TopLogprobs, targets: Tensor, teacher: Logits | TopLogprobs | None = None
+) -> dict[str, Tensor]:
     """What evaluation needs of a model at N targets, chunk by chunk, each (N,) and at T = 1.
 
     `logprob` of the target; with a teacher also `kl`, KL(teacher ‖ student) in nats, and `agree`, 1
-    if both have the same most likely token.
+    if both have the same most likely token. With a server's teacher the KL is a lower bound, of
+    K + 2 outcomes. `student` is a `TopLogprobs` where that teacher itself is scored.
     """
+    if isinstance(student, TopLogprobs):
+        logprob = student.logprobs[:, 0]
+        return {"logprob": logprob, "agree": logprob * 0 + 1, "kl": logprob * 0}
     student, teacher, parts = student.cast(), teacher and teacher.cast(), []
     for rows in student.chunks():
         logprobs = log_softmax_with_temperature(student[rows])
         values = {"logprob": logprobs.gather(1, targets[rows, None])[:, 0]}
-        if teacher is not None:
+        if isinstance(teacher, TopLogprobs):
+            best = teacher.logprobs[rows, :-1].argmax(-1, keepdim=True)
+            best = teacher.ids[rows].gather(1, best)[:, 0]
+            values["agree"] = (logprobs.argmax(-1) == best).float()
+            both = outcomes(logprobs, teacher.ids[rows], teacher.logprobs[rows])[:2]
+            values["kl"], _ = divergence(*both, Objective())
+        elif teacher is not None:
             theirs = log_softmax_with_temperature(teacher[rows])
             if logprobs.shape[1] > theirs.shape[1]:  # only the ids that both have
                 logprobs = log_softmax_with_temperature(logprobs[:, : theirs.shape[1]])
@@ -2419,7 +2893,8 @@ def gap_recovered(before: list[Tally], after: list[Tally], teacher: list[Tally])
 # Flags that may differ on --resume: they change what the student learns from by rounding at most.
 FLAGS_FREE_ON_RESUME = {
     "output_dir", "overwrite", "resume", "cache_dir", "save_steps", "save_total_limit",
-    "eval_steps", "logging_steps", "generation_batch_size", "report_to",
+    "eval_steps", "logging_steps", "generation_batch_size", "report_to", "api_concurrency",
+    "api_timeout", "api_max_failures",
 }  # fmt: skip
 
 
@@ -2771,7 +3246,7 @@ class Run:
     def _model_card(self, table: str) -> str:
         changed = changed_flags(self.args).items()
         flags = [f"{as_flag(n)} {v}" for n, v in changed if n not in FLAGS_FREE_ON_RESUME]
-        teacher = getattr(self.args, "api_model", None) or Path(self.args.teacher).name
+        teacher = self.args.api_model or Path(self.args.teacher).name
         student = Path(self.args.student).name
         lines = [
             "---", "library_name: transformers", "pipeline_tag: text-generation",

@@ -550,6 +550,11 @@ def loss_and_gradient(
 
 
 def main(args: Arguments) -> None:
+    if args.api_base_url:
+        raise common.UsageError(
+            "--api-base-url: cross_tokenizer.py needs the teacher's weights; sequence_level.py "
+            "takes text from a server, for any tokenizer"
+        )
     accelerator = common.start("cross_tokenizer", args)
     train, held_out = common.load_data(args)
     student, teacher = pair = common.load_pair(args, accelerator.device)

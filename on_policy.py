@@ -98,7 +98,11 @@ class OnPolicyLoss(nn.Module):
     """The student and its loss in one `forward`, through which gradients are synchronised."""
 
     def __init__(
-        self, student: LanguageModel, teacher_head: Head, objective: Objective, estimator: str
+        self,
+        student: LanguageModel,
+        teacher_head: Head | None,
+        objective: Objective,
+        estimator: str,
     ) -> None:
         super().__init__()
         self.trained = student.model  # registers its parameters
@@ -114,7 +118,8 @@ class OnPolicyLoss(nn.Module):
         teacher's entropies over some targets, and the number of these. `teacher_hidden` (N, d) are
         the teacher's hidden states at the same targets.
         """
-        student, teacher = self.student.logits(batch), Logits(teacher_hidden, self.teacher_head)
+        student = self.student.logits(batch)
+        teacher = common.teacher_logits(teacher_hidden, self.teacher_head)
         if not on_policy:
             loss, sums = common.distillation_loss(student, batch.targets, self.objective, teacher)
             return loss, torch.cat([sums, sums.new_zeros(3)])
@@ -126,36 +131,44 @@ class OnPolicyLoss(nn.Module):
         return loss, torch.cat([sums, entropies(student, teacher).to(sums)])
 
 
-def sampled_loss(student: Logits, targets: Tensor, teacher: Logits) -> tuple[Tensor, Tensor]:
+def sampled_loss(
+    student: Logits, targets: Tensor, teacher: Logits | common.TopLogprobs
+) -> tuple[Tensor, Tensor]:
     """KL(student ‖ teacher), estimated at each target y by log student(y) − log teacher(y).
 
     Its gradient is that of −[log teacher(y) − log student(y)] · log student(y) with the bracket
     held constant: in expectation over y from the student, the gradient of the KL at that position.
     Differentiating the log-ratio itself would give an expected gradient of zero.
     """
-    pieces = [(rows, rows, (targets[rows],)) for rows in student.chunks()]
-    return common.chunked_loss(student, teacher, pieces, _sampled)
+    named = teacher.logprobs[:, :1] if isinstance(teacher, common.TopLogprobs) else None
+    pieces = [(r, r, (targets[r], None if named is None else named[r])) for r in student.chunks()]
+    logits = teacher if named is None else None
+    return common.chunked_loss(student, logits, pieces, _sampled)
 
 
-def _sampled(logits: Tensor, teacher_logits: Tensor, inputs: tuple) -> tuple[Tensor, Tensor]:
-    target = inputs[0][:, None]  # (n, 1)
+def _sampled(
+    logits: Tensor, teacher_logits: Tensor | None, inputs: tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    target, theirs = inputs[0][:, None], inputs[1]  # (n, 1), a server's (n, 1)
     logprobs = common.log_softmax_with_temperature(logits)
-    theirs = common.log_softmax_with_temperature(teacher_logits)
-    ratio = logprobs.gather(1, target) - theirs.gather(1, target)  # (n, 1)
+    if teacher_logits is not None:
+        theirs = common.log_softmax_with_temperature(teacher_logits).gather(1, target)
+    ratio = logprobs.gather(1, target) - theirs  # (n, 1)
     gradient = (logprobs.exp() * -ratio).scatter_add(1, target, ratio)
     return ratio.sum().expand(2), gradient
 
 
 @torch.no_grad()
-def entropies(student: Logits, teacher: Logits) -> Tensor:
+def entropies(student: Logits, teacher: Logits | common.TopLogprobs) -> Tensor:
     """Sums of the student's and the teacher's entropy in nats, and their number of tokens: (3,).
 
     They are taken over evenly spread tokens, at most one chunk of the loss, so that the cost does
-    not grow with the batch.
+    not grow with the batch. A server's outcomes give a lower bound of the teacher's.
     """
     chosen, sums = slice(None, None, max(1, len(student.chunks()))), []
-    for logits in (student.cast(), teacher.cast()):
-        logprobs = common.log_softmax_with_temperature(logits[chosen])
+    for model in (student.cast(), teacher.cast()):
+        values = model.logprobs if isinstance(model, common.TopLogprobs) else model
+        logprobs = common.log_softmax_with_temperature(values[chosen])
         sums.append(-(logprobs.exp() * logprobs).sum())
     return torch.stack([*sums, sums[0].new_tensor(len(student.hidden[chosen]))])
 
@@ -300,7 +313,8 @@ class Evaluator(common.Evaluator):
         most = max(gather_object([len(batches)]))  # a sharded teacher needs all processes
         for batch in batches + [[]] * (most - len(batches)):
             inputs = common.collate([e.student for e in batch], student.device)
-            theirs = Logits(common.teacher_hidden_states(teacher, batch), teacher.head())
+            hidden = common.teacher_hidden_states(teacher, batch)
+            theirs = common.teacher_logits(hidden, teacher.head())
             values = common.compare(student.logits(inputs), inputs.targets, theirs)
             parts = values["kl"].float().cpu().split([len(e.student.targets) for e in batch])
             for e, part in zip(batch, parts, strict=True):
@@ -321,6 +335,7 @@ def main(args: Arguments) -> None:
     examples = common.make_examples(prompts, pair, args) if args.reads_teacher_text else []
     evaluator = Evaluator(evaluation, pair, args)
     teacher_hidden = common.TeacherHiddenStates(teacher, examples, "training text")
+    top = 0 if args.estimator == "sampled" else None  # of a server, on the student's text
     run = common.Run("on_policy", args, accelerator, evaluator)
 
     module = OnPolicyLoss(student, teacher.head(), objective, args.estimator)
@@ -342,7 +357,7 @@ def main(args: Arguments) -> None:
         for micro_batch in micro_batches:
             inputs = common.collate([e.student for e in micro_batch], accelerator.device)
             with common.reduce_gradients(accelerator, module, micro_batch is micro_batches[-1]):
-                loss, parts = module(inputs, teacher_hidden(micro_batch, on_policy), on_policy)
+                loss, parts = module(inputs, teacher_hidden(micro_batch, on_policy, top), on_policy)
                 # Gradients are averaged over processes: times their number gives the sum.
                 accelerator.backward(loss * (accelerator.num_processes / tokens))
             sums += parts

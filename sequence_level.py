@@ -22,15 +22,13 @@ student does not learn from answers that the length limit cut, empty ones and re
 
 from __future__ import annotations
 
-import asyncio
-import importlib.util
 import json
 import os
-import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,16 +39,8 @@ import common
 from common import Batch, CommonArguments, Completion, Example, LanguageModel, UsageError, flag
 
 OBJECTIVE = common.Objective(ce_weight=1.0)
-KEY = "OPENAI_API_KEY"
-URL = r"https?://(\[[\w:]+\]|[^][\s/?#@:]+)(:\d+)?(/[^\s?#@]*)?"
-ATTEMPTS = 10  # for one answer
-FIRST_PAUSE, LAST_PAUSE, LONGEST_PAUSE = 0.5, 8.0, 600.0  # seconds; the longest for Retry-After
 FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"}  # finish_reasons
 CUT = {"length", "max_tokens", "model_length"}
-HELLO = [{"role": "user", "content": "Hello"}]
-
-# Retry settings change nothing that the student learns from.
-common.FLAGS_FREE_ON_RESUME.update({"api_concurrency", "api_timeout", "api_max_failures"})
 
 
 @dataclass
@@ -65,39 +55,22 @@ class Arguments(CommonArguments):
         "learn only from answers that equal a reference of their row, word by word (of reasoning "
         "text, what follows </think>)",
     )
-    api_base_url: str | None = flag(
-        None,
-        "the teacher is a model behind this OpenAI-compatible server (https://HOST/v1); its key is "
-        f"read from the environment, {KEY}",
-    )
-    api_model: str | None = flag(None, "the teacher's name on that server")
-    api_concurrency: int = flag(8, "requests under way at a time")
-    api_timeout: float = flag(600.0, "seconds for one answer before it is asked again")
-    api_max_failures: float = flag(0.1, "share of prompts without an answer that ends the run")
     api_greedy_temperature: float = flag(0.0, "what a server that refuses 0 is asked for instead")
 
     def check(self) -> None:
         """Refuse flags that contradict each other, before anything is loaded."""
-        changed, url = common.changed_flags(self), self.api_base_url
-        api = [common.as_flag(name) for name in changed if name.startswith("api_")]
-        local = [common.as_flag(name) for name in changed if "teacher" in name]
-        selecting = changed.keys() & {"samples_per_prompt", "keep_matching"}
+        changed = common.changed_flags(self).keys()
+        selecting = changed & {"samples_per_prompt", "keep_matching"}
         for wrong, message in (
-            (min(self.samples_per_prompt, self.api_concurrency, self.api_timeout) <= 0,
-             "--samples-per-prompt, --api-concurrency and --api-timeout must be above 0"),
-            (self.api_max_failures > 1, "--api-max-failures is a share, from 0 to 1"),
+            (self.samples_per_prompt <= 0, "--samples-per-prompt must be above 0"),
             (self.samples_per_prompt > 1 and self.sampling_temperature == 0,
              "--samples-per-prompt at --sampling-temperature 0 would be one answer many times"),
             (selecting and self.completions == "dataset",
              "--samples-per-prompt and --keep-matching select from the teacher's text, not others"),
-            (api and not url, f"{', '.join(api)} needs --api-base-url"),
-            (url and local, f"{', '.join(local)} is for a teacher that is loaded here, not an API"),
-            (url and not self.api_model, "--api-base-url needs --api-model, the teacher's name"),
-            (url and not re.fullmatch(URL, url),
-             "--api-base-url must look like https://HOST/v1, without user name, password or "
-             f"parameters: a key belongs in the environment, {KEY}"),
-            (url and not importlib.util.find_spec("openai"),
-             '--api-base-url needs the openai client: pip install -e ".[api]"'),
+            ("api_top_logprobs" in changed, "--api-top-logprobs is for methods that learn from "
+             "log-probabilities, not from text alone"),
+            (self.api_base_url and not self.cache_teacher,
+             "--no-cache-teacher is for a teacher that is asked for more than text"),
         ):  # fmt: skip
             if wrong:
                 raise UsageError(message)
@@ -204,141 +177,65 @@ def write_completions(path: Path, examples: list[Example]) -> None:
 # -------------------------------------------------------------------------- a teacher behind an API
 
 
-class ApiTeacher:
-    """A model behind an OpenAI-compatible server, of which nothing but its text is known.
+class ApiTeacher(common.Server):
+    """A model of which nothing but its text is known, asked by conversations.
 
-    Answers are cached like those of a local teacher, found by server, model, settings, messages and
-    the number of the sample. Each is recorded before its worker asks for the next, so that a killed
-    run loses at most --api-concurrency of them. The key is in no file and no message. Greetings
-    tell what is wrong with the server from what is wrong with one prompt.
+    Greetings tell what is wrong with the server from what is wrong with one prompt.
     """
 
     def __init__(self, args: Arguments, student: LanguageModel) -> None:
-        import openai  # takes a second to import, and a local teacher needs none
-
-        self.openai, self.args, self.student = openai, args, student
-        self.key = os.environ.get(KEY, "").strip()
-        if not (self.key.isascii() and self.key.isprintable()):
-            raise UsageError(f"{KEY} holds characters that no header can carry")
-        self.base_url = args.api_base_url.rstrip("/")
-        self.limit, self.takes_seed, self.greeted = "max_tokens", True, False
+        super().__init__(args, student)
+        self.limit, self.takes_seed = "max_tokens", True
 
     def complete(
         self, prompts: Sequence[common.Prompt], args: Arguments, **sampling: Any
     ) -> list[Completion]:
-        """Answers to the prompts' conversations, from the cache if they are there.
-
-        Where there is none, `finished` is None. Raises `UsageError` for a refused key or setting, a
-        server that stays down, and too many prompts without an answer; answers until then are kept.
-        """
-        talks = [p.conversation for p in prompts]
-        for talk in talks:
+        """See `common.Server.complete`."""
+        for talk in (p.conversation for p in prompts):
             if "tools" in talk.options or any("tool_calls" in m for m in talk.messages):
                 raise UsageError(f"{talk.source}: tools need a teacher that is loaded here")
-        asked = [talk.messages + [talk.options] * bool(talk.options) for talk in talks]
         sampling["temperature"] = sampling["temperature"] or args.api_greedy_temperature
+        return super().complete(prompts, args, **sampling)
 
-        def write(missing: dict[str, int], record: Callable[[str, Completion], None]) -> None:
-            queue = {key: talks[i] for key, i in missing.items()}
-            asyncio.run(self._ask_all(queue, record, sampling))
+    def asked(self, prompt: common.Prompt) -> list[Any]:
+        talk = prompt.conversation
+        return talk.messages + [talk.options] * bool(talk.options)
 
-        identity = ["api", self.base_url, args.api_model]
-        answers = common.cached_completions(prompts, asked, identity, args, write, **sampling)
-        both = zip(prompts, answers, strict=True)
-        failed = [f"\n  {p.conversation.source}: {a.text}" for p, a in both if a.finished is None]
-        if failed:
-            PartialState().print(
-                f"{sampling['purpose']}: {len(failed)} of {len(prompts)} prompts got no answer and "
-                f"are left out; a new run asks them again:{''.join(failed)}"
-            )
-        return answers
-
-    async def _ask_all(
-        self, queue: dict[str, common.Conversation], record: Callable[..., None], sampling: Any
-    ) -> None:
-        """Ask --api-concurrency at a time, and record each answer or failure as it arrives."""
-        waiting, counts = iter(queue.items()), Counter()
-
-        async def work() -> None:
-            for key, talk in waiting:
-                answer, _ = await self._ask(client, self._request(key, talk, **sampling))
-                if answer.finished is None:
-                    await self._greet(client)
-                record(key, answer)
-                counts[answer.finished is None] += 1
-                if counts[True] > self.args.api_max_failures * max(50, counts.total()):
-                    raise UsageError(
-                        f"{counts[True]} of {counts.total()} prompts got no answer, too many for "
-                        f"--api-max-failures; the last: {talk.source}: {answer.text}"
-                    )
-
-        workers = max(1, self.args.api_concurrency // PartialState().num_processes)
-        async with self.openai.AsyncOpenAI(
-            base_url=self.base_url, api_key=self.key or "none", max_retries=0, timeout=None,
-        ) as client:  # fmt: skip
-            if not self.greeted:
-                await self._greet(client)
-            await asyncio.gather(*(work() for _ in range(workers)))
-
-    async def _greet(self, client: Any) -> None:
+    async def greet(self, client: Any) -> None:
         """Return when a greeting was answered with each setting of the run; else `UsageError`."""
         wanted, greedy = self.args.sampling_temperature, self.args.api_greedy_temperature
-        hello = common.Conversation(HELLO, None, [], "", json.loads(self.args.template_kwargs))
+        options = json.loads(self.args.template_kwargs)
+        hello = common.Prompt(common.Conversation(common.HELLO, None, [], "", options), [], [])
         for temperature in sorted({wanted or greedy, greedy, 1.0}):
             top_p = self.args.top_p if temperature == wanted else 1.0
-            request = self._request("", hello, temperature, top_p)
-            answer, status = await self._ask(client, request)
-            if answer.finished is None:
-                self._adapt(answer.text, status, request)
-                return await self._greet(client)
+            request = self.request("", hello, temperature, top_p)
+            try:
+                answer = await self.ask(client, request, partial(self.completion, hello))
+                if answer.finished is None:
+                    raise common.NoAnswer(answer.text, None)
+            except common.NoAnswer as problem:
+                self._adapt(problem, request)
+                return await self.greet(client)
         self.greeted = True
 
-    def _adapt(self, reason: str, status: int | None, request: dict[str, Any]) -> None:
+    def _adapt(self, problem: common.NoAnswer, request: dict[str, Any]) -> None:
         """Leave out what a refusal names, if the student learns the same; else `UsageError`."""
-        named = reason if status in {400, 422} else ""
+        named = str(problem) if problem.status in {400, 422} else ""
         if "max_completion_tokens" in named and self.limit == "max_tokens":
             self.limit = "max_completion_tokens"
         elif "seed" in named and self.takes_seed:
             self.takes_seed = False
             PartialState().print(f"{self.base_url} takes no seed: other runs get other samples")
+        elif "temperature" in named and request["temperature"] == 0:
+            advice = "takes no temperature 0 (--api-greedy-temperature 1 asks for samples)"
+            raise self.refused(problem, advice)
         else:
-            later = f"gave no answer in {ATTEMPTS} attempts, run the same command again later"
-            key = f"refuses the key in {KEY}" if self.key else f"wants a key: set {KEY}"
-            cause = {401: key, 403: key, 404: f"has no {self.args.api_model}", None: later}
-            cause = cause.get(status, "refuses the request")
-            if "temperature" in named and request["temperature"] == 0:
-                cause = "takes no temperature 0 (--api-greedy-temperature 1 asks for samples)"
-            raise UsageError(f"{self.base_url} {cause}: {reason}")
+            raise self.refused(problem)
 
-    async def _ask(self, client: Any, request: dict[str, Any]) -> tuple[Completion, int | None]:
-        """The answer; else the reason as one with `finished` None, and the status of a refusal."""
-        reason, pause = "", 0.0
-        for attempt in range(ATTEMPTS):
-            await asyncio.sleep(pause)
-            pause = min(FIRST_PAUSE * 2**attempt, LAST_PAUSE)
-            try:
-                async with asyncio.timeout(self.args.api_timeout):
-                    raw = await client.chat.completions.with_raw_response.create(**request)
-                return self._completion(raw.http_response.json()), None
-            except self.openai.APIStatusError as problem:
-                status = problem.status_code
-                reason = f"({status}) {self._scrubbed(problem)}"
-                passes = status >= 500 or status in {408, 409, 429}
-                if not passes or problem.code == "insufficient_quota":
-                    return Completion(reason, None, 0, None), status
-                after = problem.response.headers.get("retry-after", "")  # seconds, or a date
-                pause = max(pause, float(after) if after.isdecimal() else 0.0)
-                if pause > LONGEST_PAUSE:
-                    break
-            except TimeoutError:
-                reason = f"no answer within --api-timeout {self.args.api_timeout:g} seconds"
-            except (self.openai.APIConnectionError, ValueError, RecursionError) as problem:
-                reason = f"no completion: {self._scrubbed(problem)}"
-        return Completion(reason, None, 0, None), None
-
-    def _request(
-        self, key: str, talk: common.Conversation, temperature: float, top_p: float = 1.0, **_: Any
+    def request(
+        self, key: str, prompt: common.Prompt, temperature: float, top_p: float = 1.0, **_: Any
     ) -> dict[str, Any]:
+        talk = prompt.conversation
         turns = [{f: m[f] for f in ("role", "content", "name") if f in m} for m in talk.messages]
         request = {"model": self.args.api_model, "messages": turns, "temperature": temperature}
         if talk.options:  # as vLLM, SGLang and llama.cpp name them
@@ -350,33 +247,21 @@ class ApiTeacher:
             request["seed"] = common.row_seed(self.args.seed, key) & 0x7FFFFFFF  # some take 31 bits
         return request
 
-    def _completion(self, reply: Any) -> Completion:
-        """What the server wrote, or its refusal; `ValueError` for what is no completion."""
-        try:
-            choice = reply["choices"][0]
-            message, reason = choice["message"], choice["finish_reason"].lower()
-            text = message.get("content") or ""
-            reasoning = message.get("reasoning_content") or message.get("reasoning")
-            if reasoning:  # some servers part it from the answer: joined as the model wrote it
-                text = f"<think>\n{reasoning.strip()}\n</think>\n\n{text.lstrip()}"
-            text = text.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair
-            length = (reply.get("usage") or {}).get("completion_tokens")
-        except (AttributeError, TypeError, LookupError):
-            raise ValueError(json.dumps(reply)) from None
+    def completion(self, prompt: common.Prompt, reply: Any) -> Completion:
+        """What the server wrote, or its refusal; an error for what is no completion."""
+        choice = reply["choices"][0]
+        message, reason = choice["message"], choice["finish_reason"].lower()
+        text = message.get("content") or ""
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
+        if reasoning:  # some servers part it from the answer: joined as the model wrote it
+            text = f"<think>\n{reasoning.strip()}\n</think>\n\n{text.lstrip()}"
+        text = text.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair
+        length = (reply.get("usage") or {}).get("completion_tokens")
         if reason not in FINISHED | CUT or (message.get("refusal") and not text):
-            return Completion(self._scrubbed(f"{reason}: {json.dumps(message)}"), None, 0, None)
+            return Completion(self.scrubbed(f"{reason}: {json.dumps(message)}"), None, 0, None)
         if not isinstance(length, int):
             length = len(common.tokenize(self.student.tokenizer, text)[0])
         return Completion(text, reason in FINISHED, length, None)
-
-    def _scrubbed(self, problem: Any) -> str:
-        """What went wrong, on one line and without the key, which a server may repeat."""
-        words = str(problem)
-        if isinstance(problem, self.openai.APIConnectionError):
-            while problem := problem.__cause__ or problem.__context__:
-                words = str(problem) or words  # the innermost cause tells most
-        words = words.replace(self.key or "\0", "[key]").encode("utf-8", "replace").decode()
-        return (words.strip().splitlines() or ["nothing"])[0][:300]
 
 
 def main(args: Arguments) -> None:

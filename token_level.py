@@ -28,7 +28,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 import common
-from common import Batch, CommonArguments, Head, LanguageModel, Logits, Objective, flag
+from common import Batch, CommonArguments, Head, LanguageModel, Objective, flag
 
 
 @dataclass
@@ -52,13 +52,20 @@ class Arguments(CommonArguments):
             raise common.UsageError("--jsd-beta applies to --kl jsd")
         if self.skew and self.kl == "jsd":
             raise common.UsageError("--skew applies to --kl forward and reverse, not to jsd")
+        if self.api_base_url and self.temperature != 1:
+            raise common.UsageError(
+                "--temperature must be 1 with --api-base-url: what the tokens that a server does "
+                "not name have together at another temperature, it does not tell"
+            )
         return Objective(self.kl, self.jsd_beta, self.skew, self.temperature, self.ce_weight)
 
 
 class TokenLevelLoss(nn.Module):
     """The student and its loss in one `forward`, through which gradients are synchronised."""
 
-    def __init__(self, student: LanguageModel, teacher_head: Head, objective: Objective) -> None:
+    def __init__(
+        self, student: LanguageModel, teacher_head: Head | None, objective: Objective
+    ) -> None:
         super().__init__()
         self.trained = student.model  # registers its parameters
         self.student, self.teacher_head, self.objective = student, teacher_head, objective
@@ -68,7 +75,7 @@ class TokenLevelLoss(nn.Module):
 
         `teacher_hidden` (N, d) are the teacher's hidden states at the same targets.
         """
-        teacher = Logits(teacher_hidden, self.teacher_head)
+        teacher = common.teacher_logits(teacher_hidden, self.teacher_head)
         return common.distillation_loss(
             self.student.logits(batch), batch.targets, self.objective, teacher
         )
@@ -86,7 +93,7 @@ def main(args: Arguments) -> None:
     examples = common.make_examples(prompts, pair, args)
     evaluator = common.Evaluator(evaluation, pair, args)
     teacher_hidden = common.TeacherHiddenStates(teacher, examples, "training text")
-    if args.cache_teacher:
+    if args.cache_teacher and pair.has_weights:
         teacher.unload()  # its head and hidden states are all that training needs
     run = common.Run("token_level", args, accelerator, evaluator)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import random
@@ -90,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        greeting = body["messages"] == sequence_level.HELLO
+        greeting = body["messages"] == common.HELLO
         log = self.server.greetings if greeting else self.server.log
         with self.server.lock:
             self.server.busy += 1
@@ -141,8 +140,8 @@ def serve() -> Iterator[Callable[..., Server]]:
 def ask(tmp_path, tiny, monkeypatch) -> Callable[..., list[Completion]]:
     """Answers of the model on a server to words; the client's own pauses are short."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(sequence_level, "FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(sequence_level, "LAST_PAUSE", 0.1)
+    monkeypatch.setattr(common, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(common, "LAST_PAUSE", 0.1)
     student = tiny("llama")
 
     def ask(server: Server, words: list[str], temperature: float = 0.0, **flags: Any):
@@ -150,6 +149,7 @@ def ask(tmp_path, tiny, monkeypatch) -> Callable[..., list[Completion]]:
             api_base_url=server.url, api_model="m", cache_dir=str(tmp_path / "cache"),
             sampling_temperature=temperature, **flags,
         )  # fmt: skip
+        common.check_arguments(args)
         args.check()
         talks = [Conversation([{"role": "user", "content": w}], None, [], w) for w in words]
         teacher = sequence_level.ApiTeacher(args, student)
@@ -287,7 +287,7 @@ PASSES = {
 
 def test_everything_that_passes_is_asked_again(serve, ask, monkeypatch):
     """Each of many words meets five troubles, each trouble five words; all get their answers."""
-    monkeypatch.setattr(sequence_level, "ATTEMPTS", 100)  # a busy machine has time-outs of its own
+    monkeypatch.setattr(common, "ATTEMPTS", 100)  # a busy machine has time-outs of its own
     troubles = list(PASSES.values())
 
     def reply(body: dict[str, Any], n: int) -> Any:
@@ -342,12 +342,12 @@ DOWN = {
 @pytest.mark.parametrize("name", DOWN)
 def test_a_server_that_stays_down(name, serve, ask, monkeypatch, tmp_path):
     """After so many attempts it is an error that says how to continue; what was written is kept."""
-    monkeypatch.setattr(sequence_level, "ATTEMPTS", 2)
+    monkeypatch.setattr(common, "ATTEMPTS", 2)
     trouble, message = DOWN[name]
     up = threading.Event()
 
     def reply(body: dict[str, Any], _: int) -> Any:
-        greeting = body["messages"] == sequence_level.HELLO
+        greeting = body["messages"] == common.HELLO
         works = len(server.greetings) < 3 if greeting else word_of(body) != "5"
         return completion(word_of(body)) if works or up.is_set() else trouble
 
@@ -408,7 +408,7 @@ BAD = {
 
 def test_a_bad_prompt_does_not_end_the_run(serve, ask, monkeypatch, capsys, tmp_path):
     """It is named with the reason; all others are answered, and a new run asks for it again."""
-    monkeypatch.setattr(sequence_level, "ATTEMPTS", 2)
+    monkeypatch.setattr(common, "ATTEMPTS", 2)
     answers = threading.Event()
 
     def reply(body: dict[str, Any], _: int) -> Any:
@@ -500,7 +500,7 @@ def test_what_is_wrong_with_the_run_is_not_blamed_on_a_prompt(name, serve, ask, 
 
 def test_no_reply_is_a_traceback(serve, ask, monkeypatch):
     """Replies with parts replaced at random: each is an answer, or dropped with a reason."""
-    monkeypatch.setattr(sequence_level, "ATTEMPTS", 1)
+    monkeypatch.setattr(common, "ATTEMPTS", 1)
     odd = [None, "", "N", [], {}, [[]], [{}], {"0": {}}, 5, -1, 1.5, True, "stop", ["N"], "\ud83d"]
     generator = random.Random(0)
 
@@ -553,7 +553,7 @@ def test_refusals_are_errors_at_once(reply, words, serve, ask, tmp_path):
 def test_a_missing_key_is_named(serve, ask, monkeypatch):
     server = serve(lambda *_: completion("A"))
     monkeypatch.setenv("OPENAI_API_KEY", "")
-    monkeypatch.setattr(sequence_level, "KEY", "NOT_SET")
+    monkeypatch.setattr(common, "KEY", "NOT_SET")
     with pytest.raises(UsageError, match="wants a key: set NOT_SET"):
         ask(server, ["a"])
 
@@ -568,12 +568,11 @@ def test_a_key_that_no_header_can_carry(serve, ask, monkeypatch):
 
 def test_the_client_is_asked_for_by_name(monkeypatch):
     """Without the extra, one sentence says how to get it."""
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "openai" else find(name)
-    )
+    find = common.find_spec
+    monkeypatch.setattr(common, "find_spec", lambda name: None if name == "openai" else find(name))
     args = sequence_level.Arguments(api_base_url="http://h/v1", api_model="m")
     with pytest.raises(UsageError, match=r'pip install -e "\.\[api\]"'):
+        common.check_arguments(args)
         args.check()
 
 
