@@ -2241,7 +2241,7 @@ class ServerTeacher(Server):
     of it are log-probabilities, as `TopLogprobs.packed`.
     """
 
-    compute_dtype = torch.int16  # of what is kept
+    compute_dtype, spread = torch.int16, False  # of what is kept; over devices
 
     def __init__(self, args: CommonArguments, student: LanguageModel) -> None:
         super().__init__(args, student)
@@ -2682,13 +2682,14 @@ def _top_logprobs(
     ids, logprobs, objective = inputs
     weight = objective.ce_weight
     ours, theirs, others = outcomes(log_softmax_with_temperature(logits), ids, logprobs)
-    values, slope = divergence(ours, theirs, objective)
-    kl, slope = values.sum(), slope + weight * ours.exp()  # (n, K + 2)
+    slope, loss = weight * ours.exp(), -weight * ours[:, 0].sum()  # of cross-entropy
     slope[:, 0] -= weight
+    values, gradient = divergence(ours, theirs, objective)  # which may overwrite its inputs
+    kl, slope = values.sum(), slope + gradient  # (n, K + 2)
     # The last outcome's logit is the logsumexp of its tokens' logits.
     gradient = others.exp_().mul_(slope[:, -1:])
     gradient.scatter_add_(1, ids, slope[:, :-1])
-    return torch.stack([kl - weight * ours[:, 0].sum(), kl]), gradient
+    return torch.stack([loss + kl, kl]), gradient
 
 
 # ----------------------------------------------------------------------------------- evaluation

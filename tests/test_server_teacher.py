@@ -110,7 +110,7 @@ def test_packed_outcomes_are_a_distribution_that_bounds_the_divergence(k):
     torch.testing.assert_close(read.logprobs, top.logprobs, rtol=2e-3, atol=2e-3)
     for objective in OBJECTIVES[:6]:
         near = (logits + 1e-3 * torch.randn_like(logits)).log_softmax(-1)
-        ours, theirs, _ = read.outcomes(near, slice(None))
+        ours, theirs, _ = common.outcomes(near, read.ids, read.logprobs)
         assert common.divergence(ours, theirs, objective)[0].min() > -1e-6
 
 
@@ -118,7 +118,7 @@ def test_a_student_that_is_sure_has_a_rest():
     """1 - the sum of the named tokens would be 0 in float32, and the rest infinitely unlikely."""
     logits = torch.tensor([[40.0, 39.0, 0.0, 1.0]])
     top = TopLogprobs(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.4, 0.1]]).log())
-    ours, _, _ = top.outcomes(logits.log_softmax(-1), slice(None))
+    ours, _, _ = common.outcomes(logits.log_softmax(-1), top.ids, top.logprobs)
     expected = logits.double().softmax(-1)[0, 2:].sum().log()
     assert ours[0, -1].item() == pytest.approx(expected.item(), rel=1e-6)
 
