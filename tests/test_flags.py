@@ -58,7 +58,8 @@ class Seen:
             "split_micro_batches": lambda a, out: len(out[0]),
         }
         watch["load_student"] = lambda a, out: (
-            out.model.is_activation_checkpointing, out.model.config._attn_implementation
+            out.model.is_activation_checkpointing, out.model.config._attn_implementation,
+            any(m._compiled_call_impl is not None for m in out.model.modules()),
         )  # fmt: skip
 
         def watched(name: str, original: Any, look: Any) -> Any:
@@ -130,6 +131,7 @@ CHANGES: list[tuple[str, dict[str, Any], str, Any, str]] = [
     ("token_level", {}, "teacher_dtype", "bfloat16", "cache"),
     ("token_level", {}, "attn_implementation", "eager", "calls"),
     ("token_level", {}, "gradient_checkpointing", True, "calls"),
+    ("token_level", {}, "compile", True, "calls"),
     ("token_level", {}, "lora_rank", 2, "weights"),
     ("token_level", {}, "save_steps", 1, "files"),
     ("token_level", {"save_steps": 1}, "save_total_limit", 1, "files"),
@@ -195,7 +197,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 # Where a run goes, and what is asked of a server: test_resume.py, test_errors.py and test_api.py;
 # where a teacher lies: test_fsdp.py.
-ELSEWHERE = {"output_dir", "cache_dir", "teacher_device_map"}
+ELSEWHERE = {"output_dir", "cache_dir", "teacher_device_map", "head_dtype"}
 
 
 def test_every_flag_is_in_a_table():
