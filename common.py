@@ -46,6 +46,7 @@ import statistics
 import sys
 import tempfile
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import pandas
+import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -73,10 +75,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as BackendTokenizer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 from transformers import (
@@ -204,6 +209,7 @@ class CommonArguments:
     cache_teacher: bool = flag(
         True, "keep the teacher's hidden states, or a server's log-probabilities, in --cache-dir"
     )
+    plan: bool = flag(False, "only print the memory that the run would need")
 
     api_base_url: str | None = flag(
         None,
@@ -296,7 +302,7 @@ def launch(main: Callable[[Any], None], kind: type[CommonArguments], description
                 torch.OutOfMemoryError,
             ),  # fmt: skip
         ):
-            main(args)
+            plan(Path(sys.argv[0]).stem, args) if args.plan else main(args)
     except UsageError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
@@ -1039,16 +1045,21 @@ def load_student(
             usage_error(f"{student.name} could be trained, but not saved", Exception),
         ):
             save_student(student, Path(directory), "", state_dict={})  # all but the weights
+    prepare_student(student, args)
+    freeze_unreached(student)
+    if args.compile:
+        compile_layers(student)
+    return student
+
+
+def prepare_student(student: LanguageModel, args: CommonArguments) -> None:
+    """Add adapters or checkpointing if asked."""
     if args.lora_rank:
         add_adapters(student, args.lora_rank)
     if args.gradient_checkpointing:
         if not student.model.supports_gradient_checkpointing:
             raise UsageError(f"--gradient-checkpointing: {student.name} does not support it")
         student.model.activation_checkpointing_enable()
-    freeze_unreached(student)
-    if args.compile:
-        compile_layers(student)
-    return student
 
 
 def compile_layers(student: LanguageModel) -> None:
@@ -3354,6 +3365,170 @@ def draw_curves(directories: Sequence[Path], target: Path) -> None:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(target, dpi=100)
     pyplot.close(figure)
+
+
+# --------------------------------------------------------------------------- plan of the memory
+
+# What allocators hold beyond the tensors, and what compiler and threads take on a CPU. Both were
+# measured: see tests/bench/README.md.
+SLACK, LIBRARIES = 1.12, 300e6
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operators make, until these are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.sizes: dict[int, int] = {}  # of each storage
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+def plan(script: str, args: CommonArguments) -> None:
+    """`--plan`: print the memory that a run needs in one process, and with other flags.
+
+    It loads no weights: a step and a batch of answers run on tensors that have shapes and no data.
+    On a CPU the peak includes Python and its libraries.
+    """
+    device = start(script, args).device
+    teacher = None if args.api_base_url else open_model(args, device, "teacher")
+    student = open_model(args, device, "student", teacher and teacher.tokenizer.chat_template)
+    rows, few = load_data(args)[0], max(1, args.generation_batch_size // 4)
+    prompts = tokenize_prompts(rows, Pair(student, teacher or student), args.max_length)
+    longest = max(len(ids) for p in prompts for ids in (p.student, p.teacher))
+    micro_batch = max(1, (args.micro_batch_size or args.batch_size) // 4)
+    columns = {}
+    for title, change in {
+        "as given": {},
+        "--gradient-checkpointing": {"gradient_checkpointing": True},
+        f"--micro-batch-size {micro_batch}": {"micro_batch_size": micro_batch},
+        f"--generation-batch-size {few}": {"generation_batch_size": few},
+        "--lora-rank 16": {"lora_rank": 16},
+    }.items():
+        changed = dataclasses.replace(args, **change)
+        if find_spec("peft") or not changed.lora_rank:
+            columns[title] = memory_of_run(script, changed, student, teacher, longest)
+    table = pandas.DataFrame(columns)
+    table.loc["peak"] = table.filter(like="peak", axis=0).max() * SLACK
+    available = psutil.virtual_memory().total
+    if device.type == "cuda":
+        available = torch.cuda.get_device_properties(device).total_memory
+    else:
+        table.loc["peak"] += psutil.Process().memory_info().rss + LIBRARIES
+    print(f"{script}.py needs, in MB (this device has {available / 1e6:,.0f}):")
+    print((table / 1e6).to_string(float_format="{:,.0f}".format))
+    fits = [name for name, peak in table.loc["peak"].items() if peak < available]
+    if "as given" not in fits:
+        print(f"it does not fit; what would: {', '.join(fits) or 'none of these alone'}")
+    if teacher and args.cache_teacher and script != "sequence_level":
+        width = teacher.config.get_text_config().hidden_size
+        print(f"and on disk {width * teacher.compute_dtype.itemsize} bytes for each target token")
+
+
+def memory_of_run(
+    script: str, args: CommonArguments, student: LanguageModel, teacher: LanguageModel | None,
+    longest_prompt: int,
+) -> dict[str, int]:  # fmt: skip
+    """Bytes of a run's parts in one process, with sequences as long as its flags allow.
+
+    cross_tokenizer.py's loss is taken to need what token_level.py's does.
+    """
+    written = args.max_new_tokens if args.completions == "teacher" else args.max_length
+    length = min(args.max_length, longest_prompt + written)
+    models = [_without_data(model, args) for model in (student, teacher) if model]
+    with contextlib.redirect_stdout(io.StringIO()):  # what `add_adapters` prints
+        prepare_student(models[0], args)
+    parts = {}
+    eager = torch.compiler.set_stance("force_eager")
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, eager:
+        for name, model in zip(("student's weights", "teacher's weights"), models, strict=False):
+            before = live.now
+            model.model.to_empty(device=model.device).tie_weights()
+            parts[name] = live.now - before
+        peaks = [_peak_of_generation(model, args, longest_prompt, live) for model in models]
+        parts["peak of generation"] = max(peaks)
+        if teacher and args.cache_teacher and script != "on_policy":
+            models[1].unload()
+        trained = [p for p in models[0].model.parameters() if p.requires_grad]
+        parts["gradients"] = sum(p.nbytes for p in trained)
+        parts["optimizer"] = 2 * parts["gradients"]
+        reader = None if script == "sequence_level" or not teacher else models[1]
+        return parts | _peak_of_step(models[0], reader, args, (length, written), live)
+
+
+def _peak_of_step(
+    student: LanguageModel, teacher: LanguageModel | None, args: CommonArguments,
+    shape: tuple[int, int], live: LiveBytes,
+) -> dict[str, int]:  # fmt: skip
+    """What a step holds after its forward pass and adds in its loss, and its peak."""
+    rows, (length, written) = args.micro_batch_size or args.batch_size, shape
+    ids = torch.zeros(rows, length, dtype=torch.long, device=student.device)
+    batch = Batch(ids, *ids.new_empty(3, rows * min(written, length - 1)))
+    objective = args.objective() if teacher and hasattr(args, "kl") else Objective(ce_weight=1.0)
+    optimizer, logits = make_optimizer(student.model, args), None
+    student.model.train()
+    for _ in range(2):  # the second step has the optimizer's state
+        before = live.peak = live.now
+        if teacher:
+            head, size = teacher.head(), len(student.head().weight)
+            if len(head.weight) != size:  # of cross_tokenizer.py
+                head = Head(head.weight.new_empty(size, head.weight.shape[1]))
+            with torch.no_grad():
+                hidden = (
+                    teacher.hidden_states(batch) if teacher.loaded
+                    else head.weight.new_empty(len(batch.targets), head.weight.shape[1])
+                )  # fmt: skip
+            logits = Logits(hidden, head)
+        loss, _ = distillation_loss(student.logits(batch), batch.targets, objective, logits)
+        parts = {"kept for backward": live.now - before, "added in the loss": live.peak - live.now}
+        loss.backward()
+        del loss
+        optimizer.step()
+        optimizer.zero_grad()
+    return parts | {"peak of training": live.peak}
+
+
+def _peak_of_generation(
+    model: LanguageModel, args: CommonArguments, longest_prompt: int, live: LiveBytes
+) -> int:
+    """Peak while a batch of the longest prompts is answered to the length limit."""
+    rows, device = args.generation_batch_size, model.device
+    ids = torch.zeros(rows, longest_prompt, dtype=torch.long, device=device)
+    cache = DynamicCache(config=model.config.get_text_config())
+    live.peak = live.now
+    with model.evaluating():
+        before = live.now
+        hidden = model.backbone(input_ids=ids, cache=cache, use_cache=True).last_hidden_state[:, -1]
+        held = live.now - before  # mostly keys and values
+        held += held * args.max_new_tokens // longest_prompt
+        prefill, live.peak = live.peak, live.now
+        draws = torch.zeros(rows, dtype=torch.float64, device=device)
+        sample(model.head().cast(model.compute_dtype).logits(hidden), draws, 1.0, args.top_p)
+        return max(prefill, before + held + live.peak - live.now)
+
+
+def _without_data(model: LanguageModel, args: CommonArguments) -> LanguageModel:
+    """The model with its weights on the meta device."""
+    dtype = torch.float32 if model.name == args.student else model.compute_dtype
+    planned = dataclasses.replace(model)
+    with torch.device("meta"), usage_error(f"no plan for {model.name}", *LOADING_ERRORS):
+        planned.model = AutoModelForCausalLM.from_config(
+            model.config, dtype=dtype, attn_implementation=args.attn_implementation
+        ).eval()
+    return planned
 
 
 def compare_runs(paths: Iterable[str]) -> None:

@@ -196,8 +196,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 ]  # fmt: skip
 
 # Where a run goes, and what is asked of a server: test_resume.py, test_errors.py and test_api.py;
-# where a teacher lies: test_fsdp.py.
-ELSEWHERE = {"output_dir", "cache_dir", "teacher_device_map", "head_dtype"}
+# where a teacher lies: test_fsdp.py; the head's products: test_compiled_loss.py; test_plan.py.
+ELSEWHERE = {"output_dir", "cache_dir", "teacher_device_map", "head_dtype", "plan"}
 
 
 def test_every_flag_is_in_a_table():
