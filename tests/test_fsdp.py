@@ -206,7 +206,7 @@ def test_final_is_the_gathered_student(place, runs, script):
     assert AutoModelForCausalLM.from_pretrained(final)  # loads with its own class
 
 
-@pytest.mark.parametrize("script", ["on_policy", "sequence_level"])
+@pytest.mark.parametrize("script", ["on_policy"])
 def test_a_sharded_run_stops_and_resumes(place, runs, script):
     """SIGTERM: one checkpoint, then the same metrics and weights as those of the whole run."""
     gathered, lines = runs(script)

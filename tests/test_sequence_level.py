@@ -195,7 +195,7 @@ def test_completions_are_never_partial(tiny, tmp_path):
     ("flags", "words"),
     [
         ("--samples-per-prompt 2", "one answer many times"),
-        ("--samples-per-prompt 0", "--api-timeout must be above 0"),
+        ("--samples-per-prompt 0", "--samples-per-prompt must be above 0"),
         ("--keep-matching --completions dataset", "select from the teacher's text"),
         ("--api-model m", "--api-model needs --api-base-url"),
         ("--api-greedy-temperature 1", "--api-greedy-temperature needs --api-base-url"),
