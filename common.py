@@ -32,6 +32,7 @@ import functools
 import gzip
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
@@ -162,6 +163,11 @@ class CommonArguments:
         None, "held-out conversations; without it --eval-size rows of --dataset are held out"
     )
     eval_size: int = flag(0, "evaluation rows (0: 1000; of held-out rows at most a tenth)")
+    grader: str = flag(
+        "exact",
+        "which answers are right, for exact_match: exact, number, choice, json, regex:PATTERN or "
+        "FILE.py:FUNCTION",
+    )
     completions: Literal["teacher", "dataset"] = flag("teacher", "whose answers to train on")
     max_length: int = flag(512, "tokens in an example, prompt and response together")
     max_new_tokens: int = flag(128, "tokens generated in a response")
@@ -344,6 +350,12 @@ class Conversation:
     references: list[str]  # right answers
     source: str  # file and line, for messages to the user
     options: dict[str, Any] = field(default_factory=dict)  # what else the chat template is given
+    columns: dict[str, Any] = field(default_factory=dict)  # not read here; for a grader
+
+    def row(self) -> dict[str, Any]:
+        """What a grader gets."""
+        named = {"messages": self.messages, "references": self.references, "source": self.source}
+        return self.columns | named
 
     def prompt_key(self) -> str:
         """Equal for rows that ask the same."""
@@ -370,7 +382,8 @@ def load_conversations(
         with usage_error(place, ValueError, RecursionError):
             conversations.append(_as_conversation(record, place, unused))
             # Refuses half of a surrogate pair, which JSON can spell and no tokenizer can encode.
-            json.dumps(vars(conversations[-1]), ensure_ascii=False).encode()
+            fields = vars(conversations[-1]) | {"columns": None}
+            json.dumps(fields, ensure_ascii=False).encode()
     if not conversations:
         raise UsageError(f"{source} holds no rows")
     if unused:
@@ -488,7 +501,8 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
     if tools := _parsed(take("tools", "functions") or [], list, "tools must be a list"):
         options = options | {"tools": [_as_function(tool) for tool in tools]}
     unused.update(record.keys())
-    return Conversation(messages, answer, [_as_text(r) for r in references], source, options)
+    references = [_as_text(r) for r in references]
+    return Conversation(messages, answer, references, source, options, record)
 
 
 def _as_message(turn: Any, role: str | None) -> Message:
@@ -574,6 +588,7 @@ def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversat
             )
     for conversation in itertools.chain(rows, held_out):
         conversation.options = json.loads(args.template_kwargs) | conversation.options
+    check_grader(args.grader, held_out)
     return rows, held_out
 
 
@@ -592,6 +607,128 @@ def generator_for(seed: int, purpose: str, index: int = 0) -> torch.Generator:
     """A generator that depends on its arguments only, so that resuming restores no state."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+# -------------------------------------------------------------------------------------- grading
+
+Grader = Callable[[str, dict[str, Any]], bool]  # of an answer and its row: whether it is right
+GRADER_SECONDS = 10.0  # for one call of a user's function
+
+
+def final_text(text: str) -> str:
+    """An answer without the reasoning before it."""
+    return text.rpartition("</think>")[2]
+
+
+def _last_number(text: str) -> float | None:
+    numbers = re.findall(r"(?:(?<!\d)[-−])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", text)
+    return float(numbers[-1].replace("−", "-").replace(",", "")) if numbers else None
+
+
+def _chosen_letter(text: str) -> str | None:
+    """B in `B`, `(B) because`, `The answer is B, not A.`, else the last letter A to H that stands
+    alone."""
+    text = text.replace("*", "").strip()
+    for pattern in (
+        r"\(?([A-H])(?:[).:,]|$)",
+        r".*\banswer\W+(?:is\W+)?([A-H])\b",
+        r".*\b([A-H])\b",
+    ):
+        if found := re.match(pattern, text, re.DOTALL):
+            return found[1]
+    return None
+
+
+def _json_value(text: str) -> str | None:
+    """The text's JSON value, or the first object or list in it, written in one way."""
+    inside = re.search(r"[\[{].*", text, re.DOTALL)
+    for part in (text.strip(), inside and inside[0]):
+        with contextlib.suppress(ValueError, RecursionError, TypeError):
+            value, end = json.JSONDecoder(parse_int=float).raw_decode(part)
+            if part is not text.strip() or end == len(part):
+                return json.dumps(value, sort_keys=True)
+    return None
+
+
+def _last_match(pattern: re.Pattern[str], text: str) -> str | None:
+    """The pattern's first group, or all that it matches."""
+    found = [m[min(1, pattern.groups)] for m in pattern.finditer(text)]
+    return found[-1] if found else None
+
+
+READERS: dict[str, Callable[[str], Any]] = {
+    "exact": str.split, "number": _last_number, "choice": _chosen_letter, "json": _json_value,
+}  # fmt: skip
+
+
+@functools.cache
+def load_grader(name: str) -> Grader:
+    """The rule that --grader names; `UsageError` if there is none.
+
+    A built-in rule reads a value from the answer, and the answer is right if a reference has an
+    equal one. A function FILE.py:FUNCTION gets the whole text and the row: its messages,
+    references, source, and all columns that are not read otherwise.
+    """
+    kind, _, rest = name.partition(":")
+    if kind.endswith(".py"):
+        return _function_grader(name)
+    with usage_error(f"--grader {name}", re.error):
+        pattern = partial(_last_match, re.compile(rest))
+    if (read := pattern if kind == "regex" and rest else READERS.get(name)) is None:
+        names = ", ".join(READERS)
+        raise UsageError(f"--grader is {name}, not {names}, regex:PATTERN or FILE.py:FUNCTION")
+
+    def grade(text: str, row: dict[str, Any]) -> bool:
+        value = read(final_text(text))
+        return value is not None and value in [read(final_text(r)) for r in row["references"]]
+
+    return grade
+
+
+def _function_grader(name: str) -> Grader:
+    """A user's function. Its exceptions, and calls that last too long, count as wrong answers."""
+    path, _, attribute = name.rpartition(":")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    with usage_error(f"--grader {name}", Exception):
+        spec.loader.exec_module(module)
+        function = getattr(module, attribute)
+    failures: list[str] = []
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"it ran for more than {GRADER_SECONDS:g} seconds")
+
+    def grade(text: str, row: dict[str, Any]) -> bool:
+        before = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, GRADER_SECONDS)
+        try:
+            return bool(function(text, row))
+        except Exception as problem:
+            failures.append(f"{row['source']}: {type(problem).__name__}: {problem}")
+            if len(failures) == 1:
+                print(f"--grader {name} failed, counted as wrong: {failures[0]}", file=sys.stderr)
+            return False
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    grade.failures = failures
+    return grade
+
+
+def check_grader(name: str, conversations: Sequence[Conversation]) -> None:
+    """Raise `UsageError` where a built-in rule finds no value in a reference, or a user's function
+    fails on the first one."""
+    grade = load_grader(name)
+    for talk in conversations:
+        for reference in talk.references:
+            right = grade(reference, talk.row())
+            if failures := getattr(grade, "failures", None):
+                raise UsageError(f"--grader {name} fails on a reference: {failures[0]}")
+            if hasattr(grade, "failures"):
+                return
+            if not right:
+                raise UsageError(f"{talk.source}: --grader {name} finds nothing in {reference!r}")
 
 
 # --------------------------------------------------------------------------------------- models
@@ -2705,7 +2842,7 @@ def _top_logprobs(
 
 # ----------------------------------------------------------------------------------- evaluation
 
-Tally = dict[str, float]  # sums over one evaluation prompt: see `Evaluator`
+Tally = dict[str, Any]  # sums over one evaluation prompt: see `Evaluator`; and the answer
 Scores = dict[str, float]
 
 # Each score is the ratio of two sums over all evaluation prompts.
@@ -2730,10 +2867,11 @@ class Evaluator:
     On one fixed set of answers sampled from the teacher (temperature 1): `kl_to_teacher`
     (KL(teacher ‖ student), nats per target token) and `top1_agreement` if the vocabularies are
     equal, `nats_per_token` in each model's own tokens, and `bits_per_byte` of the answers' text
-    without end tokens. On greedy answers: `exact_match`, `error_rate` (word edit distance to the
-    nearest reference over that reference's words), `response_tokens` and `cut_off`, the share that
-    reached the length limit. Without a reference the teacher's greedy answer takes its place. An
-    API teacher has no scores that need its distribution.
+    without end tokens. On greedy answers: `exact_match`, the share that --grader accepts,
+    `error_rate` (word edit distance to the nearest reference over that reference's words),
+    `response_tokens` and `cut_off`, the share that reached the length limit. Without a reference
+    the teacher's greedy answer takes its place. An API teacher has no scores that need its
+    distribution.
     """
 
     def __init__(self, prompts: list[Prompt], pair: Pair, args: CommonArguments) -> None:
@@ -2748,10 +2886,11 @@ class Evaluator:
         if not rows:
             raise UsageError("no evaluation prompt got an answer")
         prompts, greedy, samples = zip(*rows, strict=True)
-        self.args, self.student = args, pair.student
+        self.args, self.student, self.grade = args, pair.student, load_grader(args.grader)
         self.comparable = pair.same_vocabulary  # then the student reads the teacher's ids
-        self.references = [
-            p.conversation.references or [c.text] for p, c in zip(prompts, greedy, strict=True)
+        self.rows = [
+            p.conversation.row() | {"references": p.conversation.references or [c.text]}
+            for p, c in zip(prompts, greedy, strict=True)
         ]
         self.unreferenced = sum(not p.conversation.references for p in prompts)
         examples = completion_examples(prompts, samples, pair, args.max_length)
@@ -2779,7 +2918,7 @@ class Evaluator:
                 tallies[i] = self._answer_tally(i, answer)
                 if i < show:
                     question = student.tokenizer.decode(prompts[place])
-                    line = f"  {question!r}\n    {answer.text!r}  (of {self.references[i]})"
+                    line = f"  {question!r}\n    {answer.text!r}  (of {self.rows[i]['references']})"
                     PartialState().print(line)
             for i, batch in enumerate(self.batches):
                 logits = student.logits(collate([e.student for e in batch], student.device))
@@ -2788,12 +2927,11 @@ class Evaluator:
         return gathered(tallies)
 
     def _answer_tally(self, i: int, answer: Completion) -> Tally:
-        words = answer.text.split()
-        edits, length = min(
-            (edit_distance(words, reference.split()), len(reference.split()))
-            for reference in self.references[i]
-        )
-        tally = {"prompts": 1, "exact": edits == 0, "edits": edits, "reference_words": length}
+        words, row = final_text(answer.text).split(), self.rows[i]
+        references = [final_text(reference).split() for reference in row["references"]]
+        edits, length = min((edit_distance(words, r), len(r)) for r in references)
+        tally = {"prompts": 1, "edits": edits, "reference_words": length, "answer": answer.text}
+        tally["exact"] = self.grade(answer.text, row)
         return tally | {"response_tokens": answer.length, "cut_off": not answer.finished}
 
     def _add_likelihoods(
@@ -3239,6 +3377,7 @@ class Run:
             if self.accelerator.is_main_process:
                 save_student(self.student, self.directory / "final", self._model_card(table))
         if self.accelerator.is_main_process:
+            write_json_lines(self.directory / "answers.jsonl", self._answers(before, after))
             write_json(self.directory / "results.json", results)
             draw_curves([self.directory], self.directory / "curves.png")
             print(table)
@@ -3249,6 +3388,14 @@ class Run:
                 )
             print(f"student: {self.directory / 'final'}")
         self._close()
+
+    def _answers(self, before: list[Tally], after: list[Tally]) -> Iterator[dict[str, Any]]:
+        """Each held-out prompt with the greedy answers of teacher and student."""
+        every = {"teacher": self.evaluator.teacher_tallies, "before": before, "after": after}
+        for i, row in enumerate(self.evaluator.rows):
+            answers = {name: tallies[i]["answer"] for name, tallies in every.items()}
+            right = {name: tallies[i]["exact"] for name, tallies in every.items()}
+            yield row | answers | {"right": right}
 
     def _close(self) -> None:
         for tracker in self.accelerator.trackers:
@@ -3321,12 +3468,20 @@ def restore_own_files(student: LanguageModel, directory: Path) -> None:
     write_json(directory / "tokenizer_config.json", tokenizer)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write beside and rename, so that an interruption leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def table_text(table: pandas.DataFrame) -> str:

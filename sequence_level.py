@@ -23,7 +23,6 @@ student does not learn from answers that the length limit cut, empty ones and re
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -52,8 +51,8 @@ class Arguments(CommonArguments):
     samples_per_prompt: int = flag(1, "answers sampled for each prompt; repetitions are dropped")
     keep_matching: bool = flag(
         False,
-        "learn only from answers that equal a reference of their row, word by word (of reasoning "
-        "text, what follows </think>)",
+        "learn only from answers that --grader accepts (exact: equal to a reference of their row, "
+        "word by word)",
     )
     api_greedy_temperature: float = flag(0.0, "what a server that refuses 0 is asked for instead")
 
@@ -105,8 +104,10 @@ def training_text(
     """
     if args.completions == "dataset":
         return common.make_examples(prompts, common.Pair(pair.student, None), args), {}
-    if args.keep_matching and (bare := next((c for c in train if not c.references), None)):
-        raise UsageError(f"{bare.source}: no reference that --keep-matching could compare with")
+    if args.keep_matching and ".py:" not in args.grader:
+        if bare := next((c for c in train if not c.references), None):
+            raise UsageError(f"{bare.source}: no reference that --keep-matching could compare with")
+        common.check_grader(args.grader, train)
     asked = [p for p in prompts for _ in range(args.samples_per_prompt)]
     answers = pair.teacher.complete(
         asked, args, temperature=args.sampling_temperature, top_p=args.top_p,
@@ -125,7 +126,7 @@ def select(
     """
     kept: list[Example] = []
     counts = Counter(written=len(answers), kept=0, cut_short=0, too_long=0, empty=0, duplicates=0)
-    known = set()
+    known, grade = set(), common.load_grader(args.grader)
     for example, answer in zip(examples, answers, strict=True):
         conversation = example.prompt.conversation
         row = (conversation.prompt_key(), answer.text)
@@ -137,7 +138,7 @@ def select(
             counts["too_long"] += 1
         elif not answer.text.strip():
             counts["empty"] += 1
-        elif args.keep_matching and not matches(answer.text, conversation.references):
+        elif args.keep_matching and not grade(answer.text, conversation.row()):
             counts["not_matching"] += 1
         elif row in known:
             counts["duplicates"] += 1
@@ -154,24 +155,18 @@ def select(
     return kept, dict(counts)
 
 
-def matches(text: str, references: Sequence[str]) -> bool:
-    """Whether the answer, without the reasoning before it, equals a reference word by word."""
-    words = text.rpartition("</think>")[2].split()
-    return any(words == reference.split() for reference in references)
-
-
 def write_completions(path: Path, examples: list[Example]) -> None:
     """What the student is trained on, as a data set for `--dataset ... --completions dataset`."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        for example in examples:
-            conversation = example.prompt.conversation
-            turns = [*conversation.messages, {"role": "assistant", "content": example.text}]
-            columns = {"messages": turns, "references": conversation.references}
-            columns["chat_template_kwargs"] = conversation.options
-            row = {name: value for name, value in columns.items() if value}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(part, path)
+    rows = []
+    for example in examples:
+        conversation = example.prompt.conversation
+        turns = [*conversation.messages, {"role": "assistant", "content": example.text}]
+        columns = {"messages": turns, "references": conversation.references}
+        columns["chat_template_kwargs"] = conversation.options
+        rows.append(
+            conversation.columns | {name: value for name, value in columns.items() if value}
+        )
+    common.write_json_lines(path, rows)
 
 
 # -------------------------------------------------------------------------- a teacher behind an API

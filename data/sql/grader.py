@@ -1,0 +1,55 @@
+"""Whether a query gives the result of a reference query: `--grader data/sql/grader.py:same_result`.
+
+The database of shop.sql is held in memory. A query may only read, and may run a bounded number of
+the database's instructions.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+INSTRUCTIONS = 5_000_000  # of SQLite's virtual machine; the references need below 10 000
+READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
+
+
+def shop() -> sqlite3.Connection:
+    """The database, from now on read-only."""
+    database = sqlite3.connect(":memory:")
+    database.executescript(Path(__file__).with_name("shop.sql").read_text(encoding="utf-8"))
+    database.set_authorizer(
+        lambda action, *_: sqlite3.SQLITE_OK if action in READING else sqlite3.SQLITE_DENY
+    )
+    database.set_progress_handler(lambda: True, INSTRUCTIONS)  # stops the query
+    return database
+
+
+DATABASE = shop()
+
+
+def query_in(text: str) -> str:
+    """The query of an answer: its first fenced block if it has one."""
+    fenced = re.search(r"```(?:sql(?:ite)?)?\s*(.*?)(?:```|$)", text, re.DOTALL | re.IGNORECASE)
+    return (fenced[1] if fenced else text).strip()
+
+
+def result_of(query: str) -> list[tuple[Any, ...]]:
+    """The query's rows, floats rounded. Raises `sqlite3.Error` for a query that does not run."""
+    rows = DATABASE.execute(query).fetchmany(10_000)
+    return [tuple(round(v, 6) if isinstance(v, float) else v for v in row) for row in rows]
+
+
+def same_result(text: str, row: dict[str, Any]) -> bool:
+    """Whether the answer's query gives a reference's rows, in order if the reference has one."""
+    try:
+        rows = result_of(query_in(text))
+    except sqlite3.Error:
+        return False
+    for reference in row["references"]:
+        right = result_of(reference)
+        if rows == right or ("ORDER BY" not in reference and Counter(rows) == Counter(right)):
+            return True
+    return False

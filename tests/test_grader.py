@@ -1,0 +1,175 @@
+"""--grader: which answers are right, for exact_match and --keep-matching."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_in_process, run_script
+
+import common
+import sequence_level
+
+SQL = f"{ROOT / 'data' / 'sql' / 'grader.py'}:same_result"
+CASES = [
+    ("exact", "a  b\n", "a b", True),
+    ("exact", "A b", "a b", False),
+    ("exact", "a b .", "a b", False),
+    ("exact", "<think>\nb? no\n</think>\n\na b", "a b", True),
+    ("exact", "", "a", False),
+    ("number", "So 3 + 4 = 7.", "7", True),
+    ("number", "The total is $1,250.50", "#### 1250.5", True),
+    ("number", "−3", "-3.0", True),
+    ("number", "2024-05", "5", True),
+    ("number", "It is -7", "7", False),
+    ("number", "7 of 8", "7", False),
+    ("number", "seven", "7", False),
+    ("number", "<think>8</think> none", "8", False),
+    ("choice", "B", "B", True),
+    ("choice", "(B) because A is too small", "B", True),
+    ("choice", "**B.** A dog", "B", True),
+    ("choice", "The answer is (B), not A.", "B", True),
+    ("choice", "A careful reader chooses C", "(C)", True),
+    ("choice", "Answer: D", "C", False),
+    ("choice", "none", "A", False),
+    ("json", '{"a": 1, "b": [true, null]}', '{"b":[true,null],"a":1.0}', True),
+    ("json", 'Here:\n```json\n{"a": "x"}\n```', '{"a": "x"}', True),
+    ("json", "3", "3.0", True),
+    ("json", '{"a": 1}', '{"a": true}', False),
+    ("json", '{"a": 1', '{"a": 1}', False),
+    ("json", "[1, 2]", "[2, 1]", False),
+    (r"regex:answer: (\w+)", "answer: x, or answer: yes", "the answer: yes", True),
+    (r"regex:answer: (\w+)", "answer: no", "the answer: yes", False),
+    (r"regex:\d+", "7 or 8", "8", True),
+    (r"regex:\d+", "none", "8", False),
+    (SQL, "SELECT COUNT(id) FROM customers", "SELECT COUNT(*) FROM customers", True),
+    (SQL, "```sql\nSELECT count(*) FROM customers;\n```", "SELECT COUNT(*) FROM customers", True),
+    (SQL, "SELECT id FROM orders ORDER BY id DESC", "SELECT id FROM orders", True),
+    (SQL, "SELECT id FROM orders ORDER BY id DESC", "SELECT id FROM orders ORDER BY id", False),
+    (SQL, "SELECT DISTINCT city FROM customers", "SELECT city FROM customers", False),
+    (SQL, "SELECT name FROM nowhere", "SELECT name FROM customers", False),
+    (SQL, "DROP TABLE items", "SELECT COUNT(*) FROM items", False),
+    (SQL, "SELECT 1; SELECT 2", "SELECT 1", False),
+    (SQL, "PRAGMA user_version", "SELECT 0", False),
+    (SQL, "", "SELECT COUNT(*) FROM items", False),
+]
+
+
+def rows_of(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("grader", "text", "reference", "right"), CASES)
+def test_each_grader_on_answers_and_references(grader, text, reference, right):
+    row = common.Conversation([], None, ["?!", reference], "row 1").row()
+    if grader == SQL:  # which refuses a reference that is no query
+        row["references"] = [reference]
+    assert common.load_grader(grader)(text, row) is right
+
+
+def test_a_query_is_bounded():
+    endless = "WITH RECURSIVE x(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM x) SELECT MAX(n) FROM x"
+    before = time.perf_counter()
+    assert not common.load_grader(SQL)(endless, {"references": ["SELECT 1"], "source": ""})
+    assert time.perf_counter() - before < 8
+
+
+@pytest.mark.parametrize(
+    ("grader", "message"),
+    [
+        ("exactly", "--grader is exactly, not exact, number, choice, json, regex:PATTERN or FILE"),
+        ("regex:", "--grader is regex:, not exact"),
+        ("regex:(", "--grader regex:(: missing ), unterminated subpattern"),
+        ("number", "eval.jsonl:2: --grader number finds nothing in 'none'"),
+        ("gone.py:right", "--grader gone.py:right: [Errno 2] No such file"),
+        ("own.py:wrong_name", "--grader own.py:wrong_name: module 'own' has no attribute"),
+        (
+            "own.py:fails",
+            "--grader own.py:fails fails on a reference: eval.jsonl:1: KeyError: 'no'",
+        ),
+        ("own.py:one", "--grader own.py:one fails on a reference: eval.jsonl:1: TypeError"),
+    ],
+)
+def test_a_wrong_grader_is_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch, grader, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("def fails(text, row):\n    return row['no']\n\ndef one(text): ...\n")
+    rows = [{"prompt": "a", "references": ["1"]}, {"prompt": "b", "references": ["none"]}]
+    write_rows(Path("eval.jsonl"), rows)
+    args = common.CommonArguments(
+        dataset="eval.jsonl", eval_dataset="eval.jsonl", grader=grader, teacher="nowhere"
+    )
+    with pytest.raises(common.UsageError) as caught:
+        common.load_data(args)
+    assert message in str(caught.value)
+
+
+def test_exceptions_and_time_out_count_as_wrong_and_are_said_once(tmp_path, monkeypatch, capsys):
+    (tmp_path / "own.py").write_text(
+        "import time\n\ndef own(text, row):\n    while text == 'slow':\n        time.sleep(0.01)\n"
+        "    return 1 / (text != 'fails') if text in row['allowed'] else 0\n"
+    )
+    monkeypatch.setattr(common, "GRADER_SECONDS", 0.2)
+    grade = common.load_grader(f"{tmp_path / 'own.py'}:own")
+    talk = common.Conversation([], None, [], "rows:7", columns={"allowed": ["good", "fails"]})
+    answers = ["good", "bad", "fails", "slow"]
+    assert [grade(text, talk.row()) for text in answers] == [True, False, False, False]
+    assert grade.failures[1] == "rows:7: TimeoutError: it ran for more than 0.2 seconds"
+    assert capsys.readouterr().err.count("counted as wrong: rows:7: ZeroDivisionError") == 1
+
+
+def test_exact_match_and_keep_matching_use_the_grader(tmp_path):
+    """The grader accepts answers with an even number of phonemes; a column says so of half."""
+    (tmp_path / "own.py").write_text(
+        "def even(text, row):\n    return len(text.split()) % 2 == 0 and row['group'] == 1\n"
+    )
+    words = rows_of(ROOT / "data" / "eval.jsonl")[:60]
+    rows = [row | {"group": i % 2} for i, row in enumerate(words)]
+    train, held_out = (
+        write_rows(tmp_path / name, part)
+        for name, part in (("train.jsonl", rows[:40]), ("eval.jsonl", rows[40:]))
+    )
+    run_in_process(
+        sequence_level, dataset=str(train), eval_dataset=str(held_out), max_steps=1,
+        output_dir=str(tmp_path / "run"), cache_dir=str(tmp_path / "cache"), keep_matching=True,
+        grader=f"{tmp_path / 'own.py'}:even",
+    )  # fmt: skip
+    kept = rows_of(tmp_path / "run" / "completions.jsonl")
+    assert kept and all(row["group"] == 1 for row in kept)
+    assert all(len(row["messages"][-1]["content"].split()) % 2 == 0 for row in kept)
+    answers = rows_of(tmp_path / "run" / "answers.jsonl")
+    assert [a["messages"] for a in answers] == [row["messages"] for row in rows[40:]]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    for name in ("teacher", "before", "after"):
+        right = [len(a[name].split()) % 2 == 0 and a["group"] == 1 for a in answers]
+        assert [a["right"][name] for a in answers] == right
+        assert results[name]["exact_match"] == pytest.approx(sum(right) / len(right))
+    assert 0 < results["teacher"]["exact_match"] < 1
+
+
+def test_sql_references_are_right_and_files_are_what_their_builder_writes(tmp_path):
+    grade = common.load_grader(SQL)
+    folder = ROOT / "data" / "sql"
+    copy = tmp_path / "build.py"
+    copy.write_text((folder / "build.py").read_text(encoding="utf-8"), encoding="utf-8")
+    done = run_script(str(copy), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("shop.sql", "train.jsonl", "eval.jsonl"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    train, held_out = rows_of(folder / "train.jsonl"), rows_of(folder / "eval.jsonl")
+    assert len(train) == 4096 and len(held_out) == 500
+    for talk in common.load_conversations(str(folder / "eval.jsonl")):
+        assert grade(talk.response["content"], talk.row())
+        assert not grade("SELECT 'nothing'", talk.row())
+    seen = {row["form"] for row in train}
+    assert sum(row["form"] not in seen for row in held_out) == 150
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+    assert not {row["completion"] for row in train} & {row["completion"] for row in held_out}
