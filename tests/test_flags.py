@@ -111,6 +111,7 @@ CHANGES: list[tuple[str, dict[str, Any], str, Any, str]] = [
     ("token_level", {}, "max_rows", 3, "losses"),
     ("token_level", {}, "eval_dataset", "other rows", "scores"),
     ("token_level", {}, "eval_size", 1, "scores"),
+    ("token_level", {}, "grader", "regex:y|$", "scores"),
     ("token_level", {}, "completions", "dataset", "losses"),
     ("token_level", {"completions": "dataset"}, "max_length", 45, "losses"),
     ("token_level", {}, "max_new_tokens", 5, "losses"),

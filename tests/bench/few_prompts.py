@@ -1,10 +1,11 @@
-"""Four methods on one budget of steps, with few and with many training prompts.
+"""The methods on one budget of steps, with few and with many training prompts.
 
-    python tests/bench/few_prompts.py [--prompts 640 2560] [--seeds 1] [--steps 600]
+    python tests/bench/few_prompts.py [--prompts 640 2560] [--seeds 1] [--steps 600] [--jobs 1]
 
-Prints the scores on 2000 held-out words, as means over the seeds. A run takes one to two minutes
-on two cores; the bench says beforehand how many runs are left. Finished runs are not run again, and
-a run that was cut is resumed.
+Prints the scores on 2000 held-out words, as means over the seeds, and draws them against the number
+of prompts, with a band from the lowest to the highest seed: --figure, data/few_prompts.png. A run
+takes one to two minutes on two cores; the bench says beforehand how many runs are left. Finished
+runs are not run again, and a run that was cut is resumed.
 """
 
 from __future__ import annotations
@@ -13,18 +14,74 @@ import argparse
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = {
+    "gold labels": ["tests/bench/gold_labels.py"],
     "sequence level": ["sequence_level.py"],
+    "sequence level, 4 samples a prompt": [
+        "sequence_level.py", "--samples-per-prompt", "4", "--temperature", "1"
+    ],
     "token level": ["token_level.py"],
     "on-policy, --kl reverse --mix 0.5": ["on_policy.py"],
+    "on-policy, --kl reverse --mix 1": ["on_policy.py", "--mix", "1"],
+    "on-policy, --kl forward --mix 0.5": ["on_policy.py", "--kl", "forward"],
     "on-policy, --kl forward --mix 1": ["on_policy.py", "--kl", "forward", "--mix", "1"],
-}
+}  # fmt: skip
 SCORES = ["exact_match", "error_rate", "kl_to_teacher"]
+
+
+class Run(NamedTuple):
+    """One run of a script."""
+
+    method: str
+    prompts: int
+    seed: int
+    directory: Path
+
+
+def finish(run: Run, args: argparse.Namespace) -> None:
+    """Run what is not finished."""
+    if (run.directory / "results.json").exists():
+        return
+    flags = {
+        "--max-rows": run.prompts, "--max-steps": args.steps, "--seed": run.seed,
+        "--eval-size": 2000, "--eval-steps": 0, "--output-dir": run.directory,
+        "--cache-dir": args.output_dir / "cache",
+    }  # fmt: skip
+    words = [str(word) for pair in flags.items() for word in pair]
+    resume = "--resume" if any(run.directory.glob("checkpoints/*/state.json")) else "--overwrite"
+    script, *more = METHODS[run.method]
+    command = [sys.executable, str(ROOT / script), *more, *words, resume]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    print(run.directory, flush=True)
+
+
+def draw(table: pandas.DataFrame, target: Path) -> None:
+    """The scores of each method against the number of prompts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(SCORES), figsize=(18, 5), layout="constrained")
+    for name, axis in zip(SCORES, axes, strict=True):
+        for method in METHODS:
+            part = table[table["method"] == method].groupby("prompts")[name]
+            if len(part):
+                (line,) = axis.plot(part.mean(), marker="o", label=method)
+                low, high = part.min(), part.max()
+                axis.fill_between(low.index, low, high, color=line.get_color(), alpha=0.2)
+        axis.axhline(table[table["prompts"] == 0][name].iloc[0], color="gray", linestyle=":")
+        axis.set(title=name, xlabel="training prompts", xscale="log")
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(target, dpi=100)
 
 
 def main() -> None:
@@ -32,38 +89,33 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[640, 2560])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/few_prompts"))
+    parser.add_argument("--figure", type=Path, default=ROOT / "data" / "few_prompts.png")
     args = parser.parse_args()
     runs = [
-        (method, prompts, args.output_dir / f"{number}-{prompts}-{args.steps}-{seed}", seed)
-        for number, method in enumerate(METHODS)
-        for prompts in args.prompts
+        Run(method, prompts, seed, args.output_dir / f"{number}-{prompts}-{args.steps}-{seed}")
         for seed in range(args.seeds)
+        for prompts in args.prompts
+        for number, method in enumerate(METHODS)
+        if method in args.methods
     ]
-    left = sum(not (run[2] / "results.json").exists() for run in runs)
+    left = sum(not (run.directory / "results.json").exists() for run in runs)
     print(f"{left} of {len(runs)} runs are left", flush=True)
-    for method, prompts, directory, seed in runs:
-        if (directory / "results.json").exists():
-            continue
-        flags = {
-            "--max-rows": prompts, "--max-steps": args.steps, "--seed": seed, "--eval-size": 2000,
-            "--eval-steps": 0, "--output-dir": directory, "--cache-dir": args.output_dir / "cache",
-        }  # fmt: skip
-        words = [str(word) for pair in flags.items() for word in pair]
-        resume = "--resume" if any(directory.glob("checkpoints/*/state.json")) else "--overwrite"
-        script, *more = METHODS[method]
-        command = [sys.executable, str(ROOT / script), *more, *words, resume]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        print(directory, flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda run: finish(run, args), runs))
 
     rows = []
-    for method, prompts, directory, _ in runs:
-        results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
-        rows.append({"method": method, "prompts": prompts, **results["after"]})
+    for run in runs:
+        results = json.loads((run.directory / "results.json").read_text(encoding="utf-8"))
+        rows.append({"method": run.method, "prompts": run.prompts, **results["after"]})
     rows.append({"method": "the student before", "prompts": 0, **results["before"]})
     rows.append({"method": "the teacher", "prompts": 0, **results["teacher"]})
-    table = pandas.DataFrame(rows).groupby(["prompts", "method"], sort=False)[SCORES].mean()
-    print(table.to_string(float_format="{:.4f}".format))
+    table = pandas.DataFrame(rows)
+    means = table.groupby(["prompts", "method"], sort=False)[SCORES].mean()
+    print(means.to_string(float_format="{:.4f}".format))
+    draw(table, args.figure)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def make_job(
         "teacher": args.models / "qwen-coder", "student": args.models / "smollm2",
         "dataset": SQL / "train.jsonl", "eval-dataset": SQL / "eval.jsonl", "grader": GRADER,
         "max-rows": args.rows, "eval-size": args.eval_size, "max-new-tokens": 96,
-        "max-steps": args.steps, "eval-steps": max(1, args.steps // 4), "seed": seed,
+        "max-steps": args.steps, "eval-steps": max(1, args.steps // 2), "seed": seed,
         "learning-rate": rate, "output-dir": directory, "cache-dir": args.output_dir / "cache",
         "save-total-limit": 1, **{name.replace("_", "-"): v for name, v in changes.items()},
     }  # fmt: skip
@@ -93,17 +94,15 @@ def run(jobs: list[Job], side_by_side: int) -> None:
         log = job.directory.with_suffix(".log")
         with open(log, "w") as output:
             words = [*command, "--resume" if cut else "--overwrite"]
-            done = subprocess.run(words, stdout=output, stderr=output, cwd=args_cwd(job))
+            done = subprocess.run(words, stdout=output, stderr=output)
         print(f"{job.directory} exit {done.returncode}", flush=True)
         if done.returncode:
             print(log.read_text(encoding="utf-8")[-1500:], flush=True)
+        else:
+            shutil.rmtree(job.directory / "checkpoints")  # 1.6 GB
 
     with ThreadPoolExecutor(side_by_side) as pool:
         list(pool.map(start, left))
-
-
-def args_cwd(job: Job) -> Path:
-    return job.directory.parent
 
 
 def accuracy(answers: list[dict[str, Any]], who: str) -> dict[str, float]:
@@ -198,7 +197,14 @@ def main() -> None:
     bests = [best(jobs, method) for method in METHODS if method != "gold labels"]
     bests.sort(key=lambda job: -accuracy(answers_of(job), "after")["all"])
     further += [
-        make_job(args, job.method, METHODS[job.method], job.learning_rate, seed)
+        make_job(
+            args,
+            job.method,
+            METHODS[job.method],
+            job.learning_rate,
+            seed,
+            eval_steps=max(1, args.steps // 8),
+        )
         for job in bests[:2]
         for seed in range(1, args.seeds)
     ]
