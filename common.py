@@ -671,7 +671,7 @@ def load_grader(name: str) -> Grader:
     """
     kind, _, rest = name.partition(":")
     if kind.endswith(".py"):
-        return _function_grader(name)
+        return FunctionGrader(name)
     with usage_error(f"--grader {name}", re.error):
         pattern = partial(_last_match, re.compile(rest))
     if (read := pattern if kind == "regex" and rest else READERS.get(name)) is None:
@@ -685,35 +685,35 @@ def load_grader(name: str) -> Grader:
     return grade
 
 
-def _function_grader(name: str) -> Grader:
+class FunctionGrader:
     """A user's function. Its exceptions, and calls that last too long, count as wrong answers."""
-    path, _, attribute = name.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    with usage_error(f"--grader {name}", Exception):
-        spec.loader.exec_module(module)
-        function = getattr(module, attribute)
-    failures: list[str] = []
 
-    def stop(*_: Any) -> None:
+    def __init__(self, name: str) -> None:
+        path, _, attribute = name.rpartition(":")
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        with usage_error(f"--grader {name}", Exception):
+            spec.loader.exec_module(module)
+            self.function = getattr(module, attribute)
+        self.name, self.failures = name, list[str]()
+
+    def _stop(self, *_: Any) -> None:
         raise TimeoutError(f"it ran for more than {GRADER_SECONDS:g} seconds")
 
-    def grade(text: str, row: dict[str, Any]) -> bool:
-        before = signal.signal(signal.SIGALRM, stop)
+    def __call__(self, text: str, row: dict[str, Any]) -> bool:
+        before = signal.signal(signal.SIGALRM, self._stop)
         signal.setitimer(signal.ITIMER_REAL, GRADER_SECONDS)
         try:
-            return bool(function(text, row))
+            return bool(self.function(text, row))
         except Exception as problem:
-            failures.append(f"{row['source']}: {type(problem).__name__}: {problem}")
-            if len(failures) == 1:
-                print(f"--grader {name} failed, counted as wrong: {failures[0]}", file=sys.stderr)
+            self.failures.append(f"{row['source']}: {type(problem).__name__}: {problem}")
+            if len(self.failures) == 1:
+                line = f"--grader {self.name} failed, counted as wrong: {self.failures[0]}"
+                print(line, file=sys.stderr)
             return False
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
-
-    grade.failures = failures
-    return grade
 
 
 def check_grader(name: str, conversations: Sequence[Conversation]) -> None:
@@ -723,9 +723,9 @@ def check_grader(name: str, conversations: Sequence[Conversation]) -> None:
     for talk in conversations:
         for reference in talk.references:
             right = grade(reference, talk.row())
-            if failures := getattr(grade, "failures", None):
-                raise UsageError(f"--grader {name} fails on a reference: {failures[0]}")
-            if hasattr(grade, "failures"):
+            if isinstance(grade, FunctionGrader):
+                if grade.failures:
+                    raise UsageError(f"--grader {name} fails on a reference: {grade.failures[0]}")
                 return
             if not right:
                 raise UsageError(f"{talk.source}: --grader {name} finds nothing in {reference!r}")
@@ -2035,7 +2035,7 @@ def cached_completions(
     which appends a line at once, so that an interrupted run loses none.
     """
     seed, top_p = (args.seed, top_p) if temperature else (0, 1.0)  # greedy text needs neither
-    settings = repr((identity, temperature, top_p, args.max_new_tokens, seed))
+    settings = repr((identity, purpose, temperature, top_p, args.max_new_tokens, seed))
     path = Path(args.cache_dir) / "text" / f"{row_seed(settings):016x}.jsonl"
     counts: Counter[str] = Counter()
     keys = []
