@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from emulated import EMULATION, Emulation
 from forked import ForkedScript
 from transformers import (
     AutoTokenizer,
@@ -162,6 +163,16 @@ def handlers():
 @pytest.fixture(scope="session")
 def tokenizer():
     return AutoTokenizer.from_pretrained(common.DATA / "teacher")
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory) -> Iterator[Emulation]:
+    """Runs scripts on an emulated CUDA device, where there is one."""
+    if not EMULATION.exists():
+        pytest.skip("no emulated CUDA device here")
+    emulation = Emulation(tmp_path_factory.mktemp("emulation"))
+    yield emulation
+    emulation.close()
 
 
 @pytest.fixture(scope="session")
