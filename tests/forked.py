@@ -42,7 +42,7 @@ class ForkedScript(FORKS.Process):
         is a file for `errors`."""
         super().__init__()
         self.script, self.flags, self.cwd = str(script), [*map(str, flags)], cwd
-        self.outputs, self.environment = (output, errors or output), environment
+        self.outputs, self.environment = (output, errors or output), os.environ | environment
         for path in self.outputs:
             path.touch()
         # Python 3.11 does not give the waiting process this one's sys.path.
@@ -52,6 +52,7 @@ class ForkedScript(FORKS.Process):
 
     def run(self) -> None:
         os.chdir(self.cwd)
+        os.environ.clear()
         os.environ.update(self.environment)
         for stream, path in zip((1, 2), self.outputs, strict=True):
             os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
