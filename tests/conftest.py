@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -60,10 +61,12 @@ def run_script(
 
 
 def run_in_process(script: ModuleType, **flags: object) -> None:
-    """Call a script's `main`, which saves the seconds that a process takes to start."""
+    """Call a script's `main`, which saves the seconds that a process takes to start, and those
+    that curves take to draw."""
     AcceleratorState._reset_state()
     PartialState._reset_state()
-    script.main(script.Arguments(**flags))
+    with mock.patch.object(common, "draw_curves"):
+        script.main(script.Arguments(**flags))
 
 
 def wait_for(process: subprocess.Popen[bytes] | ForkedScript, moment: Callable[[], bool]) -> bool:

@@ -48,6 +48,7 @@ def work(command: list[str], cwd: str, outputs: list[str]) -> None:
     code = 1
     try:
         sys.argv = command
+        common.draw_curves = lambda *_: None
         runpy.run_path(command[0], run_name="__main__")
         code = 0
     except SystemExit as end:
@@ -61,11 +62,6 @@ def work(command: list[str], cwd: str, outputs: list[str]) -> None:
 
 
 def main() -> None:
-    import emulated_cuda  # noqa: F401  (before torch)
-
-    import cross_tokenizer  # noqa: F401
-    import on_policy  # noqa: F401
-
     for line in sys.stdin:
         if not (pid := os.fork()):
             work(**json.loads(line))
@@ -74,4 +70,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    import emulated_cuda  # noqa: F401  (before torch)
+
+    import common
+    import cross_tokenizer  # noqa: F401
+    import on_policy  # noqa: F401
+
     main()

@@ -1,7 +1,8 @@
 """Scripts that start quickly, for tests that start many runs.
 
 A process that has imported torch and transformers waits, and each script runs in a fork of it, as
-`python SCRIPT FLAGS` would. It can be killed like any process, and spends no seconds on imports.
+`python SCRIPT FLAGS` would. It can be killed like any process, and spends no seconds on imports;
+it draws no curves, which take longer than a small run, and which `conftest.run_script` tests.
 Several forks can share one run, as the processes that torchrun starts do.
 """
 
@@ -58,6 +59,9 @@ class ForkedScript(FORKS.Process):
             os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
         sys.stdout.reconfigure(line_buffering=True)
         sys.argv = [self.script, *self.flags]
+        import common  # it is loaded, as what the forks have in common
+
+        common.draw_curves = lambda *_: None
         runpy.run_path(str(ROOT / self.script), run_name="__main__")
 
     def poll(self) -> int | None:
