@@ -26,19 +26,21 @@ FLAGS = {"max_rows": 1280, "epochs": 4.0, "eval_size": 200, "eval_steps": 40}
 
 
 @pytest.fixture(scope="module")
-def forward(workplace) -> tuple[Path, str]:
+def forward(workplace, shared_cache) -> tuple[Path, str]:
     """The directory of a run that a user starts, and what it printed."""
     flags = [word for k, v in FLAGS.items() for word in (common.as_flag(k), str(v))]
+    flags += ["--cache-dir", str(shared_cache)]
     done = run_script("token_level.py", *flags, cwd=workplace)
     assert done.returncode == 0, done.stderr
     return workplace / "runs" / "token_level-max-rows-1280-eval-size-200-epochs-4.0", done.stdout
 
 
 @pytest.fixture
-def train(workplace, monkeypatch) -> Callable[..., None]:
+def train(workplace, shared_cache, monkeypatch) -> Callable[..., None]:
     """Runs `main` with FLAGS and others in the same directory."""
     monkeypatch.chdir(workplace)
-    return lambda **flags: run_in_process(token_level, **FLAGS | flags)
+    cache = {"cache_dir": str(shared_cache)}
+    return lambda **flags: run_in_process(token_level, **FLAGS | cache | flags)
 
 
 def read(run: Path) -> tuple[dict, list[dict]]:
@@ -103,11 +105,11 @@ def test_run_directory(forward):
 
 
 @pytest.mark.parametrize("kl", ["reverse", "jsd"])
-def test_other_divergences_learn_too(kl, workplace, forward, train, capsys):
+def test_other_divergences_learn_too(kl, workplace, shared_cache, forward, train, capsys):
     """They find text and states of the first run: nothing is written, no backbone is loaded."""
 
     def cached() -> dict[Path, int]:
-        paths = [p for p in (workplace / "runs" / "cache").rglob("*.*") if p.suffix != ".lock"]
+        paths = [p for p in shared_cache.rglob("*.*") if p.suffix != ".lock"]
         return {path: path.stat().st_mtime_ns for path in paths}
 
     before = cached()
