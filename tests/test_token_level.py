@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_in_process, run_script
+from forked import run_forked
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -137,7 +138,7 @@ def test_sweep_and_comparison(workplace, forward, train, capsys):
     _, lines = read(runs[0])
     step = lines[1]
     assert step["train/loss"] == pytest.approx(4 * step["train/kl"])
-    done = run_script("common.py", *sorted((workplace / "runs").iterdir()), cwd=workplace)
+    done = run_forked("common.py", *sorted((workplace / "runs").iterdir()), cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert all(p.name in done.stdout for p in runs)
     assert (workplace / "runs" / "comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -156,11 +157,12 @@ def test_dataset_completions_with_cross_entropy(workplace, train):
     assert 0.5 < ce < 6  # nats per token of a student that has seen this kind of text
 
 
-def test_divergence_of_training_is_named(workplace, forward, monkeypatch):
+def test_divergence_of_training_is_named(workplace, shared_cache, forward, monkeypatch):
     """A non-finite loss stops the run, says where and on what, and leaves no student."""
     flags = "--learning-rate 1e30 --max-steps 12 --max-rows 640 --eval-size 40"
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr(sys, "argv", ["", *flags.split(), "--output-dir", "runs/boom"])
+    monkeypatch.setattr(sys, "argv", ["", *flags.split(), "--output-dir", "runs/boom",
+                                      "--cache-dir", str(shared_cache)])  # fmt: skip
     with pytest.raises(SystemExit) as ended:
         common.launch(token_level.main, token_level.Arguments, "")
     said = ended.value.code  # text, which Python prints before it exits with code 1
