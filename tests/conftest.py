@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from emulated import EMULATION, Emulation
 from forked import ForkedScript
 from transformers import (
     AutoTokenizer,
@@ -59,10 +61,12 @@ def run_script(
 
 
 def run_in_process(script: ModuleType, **flags: object) -> None:
-    """Call a script's `main`, which saves the seconds that a process takes to start."""
+    """Call a script's `main`, which saves the seconds that a process takes to start, and those
+    that curves take to draw."""
     AcceleratorState._reset_state()
     PartialState._reset_state()
-    script.main(script.Arguments(**flags))
+    with mock.patch.object(common, "draw_curves"):
+        script.main(script.Arguments(**flags))
 
 
 def wait_for(process: subprocess.Popen[bytes] | ForkedScript, moment: Callable[[], bool]) -> bool:
@@ -162,6 +166,16 @@ def handlers():
 @pytest.fixture(scope="session")
 def tokenizer():
     return AutoTokenizer.from_pretrained(common.DATA / "teacher")
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory) -> Iterator[Emulation]:
+    """Runs scripts on an emulated CUDA device, where there is one."""
+    if not EMULATION.exists():
+        pytest.skip("no emulated CUDA device here")
+    emulation = Emulation(tmp_path_factory.mktemp("emulation"))
+    yield emulation
+    emulation.close()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import re
 import shutil
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -22,8 +21,8 @@ from typing import Any
 
 import pytest
 from byte_models import byte_pair, write_rows
-from conftest import ROOT, run_script, wait_for
-from forked import ForkedScript
+from conftest import run_script, wait_for
+from forked import ForkedScript, run_forked
 from test_sequence_level import (
     WORDS,
     assert_same_student,
@@ -730,12 +729,7 @@ def test_two_processes_leave_out_the_same_rows(serve, tmp_path):
         "cache_dir": "cache",
     }  # fmt: skip
     words = [w for name, v in flags.items() for w in (f"--{name.replace('_', '-')}", str(v))]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "sequence_level.py"), *words], cwd=tmp_path,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OPENAI_API_KEY": KEY},
-        capture_output=True, text=True, timeout=1800,
-    )  # fmt: skip
+    done = run_forked("sequence_level.py", *words, cwd=tmp_path, processes=2, OPENAI_API_KEY=KEY)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("training text: 2 of 13 prompts got no answer") == 1
     assert done.stdout.count("greedy evaluation answers: 1 of 3 prompts got no answer") == 1

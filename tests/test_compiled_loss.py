@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from emulated import Emulation
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -17,7 +16,6 @@ import common
 import on_policy
 from common import Head, Logits, Objective
 
-EMULATION = ROOT.parent / "shared" / "emulated_cuda" / "emulated_cuda.py"
 CASES = [
     (Objective("forward"), {}),
     (
@@ -105,8 +103,6 @@ def test_without_a_compiler_the_loss_is_eager(compiling, monkeypatch, capsys):
 
 
 ON_A_GPU = """
-import sys
-sys.path[:0] = [{emulation!r}, {root!r}]
 import emulated_cuda, torch, common
 from common import Head, Logits, Objective
 
@@ -146,16 +142,20 @@ with emulated_cuda.device() as cuda:
 """
 
 
-def on_a_gpu(body: str) -> None:
-    if not EMULATION.exists():
-        pytest.skip("no emulated CUDA device here")
-    body = textwrap.indent(textwrap.dedent(body), "    ").strip()
-    code = ON_A_GPU.format(emulation=str(EMULATION.parent), root=str(ROOT), body=body)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture
+def on_a_gpu(emulation: Emulation, tmp_path: Path) -> Callable[[str], None]:
+    """Runs code on the emulated device."""
+
+    def run(body: str) -> None:
+        body = textwrap.indent(textwrap.dedent(body), "    ").strip()
+        (tmp_path / "code.py").write_text(ON_A_GPU.format(body=body))
+        done = emulation.run(tmp_path / "code.py", cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
 
 
-def test_products_of_an_odd_vocabulary():
+def test_products_of_an_odd_vocabulary(on_a_gpu):
     """301 tokens of 330 rows: products of 320 rows in bfloat16, gradients of the rest are zero.
 
     In float32 the gradients are exact, and nothing waits for the device either way.
@@ -179,7 +179,7 @@ def test_products_of_an_odd_vocabulary():
     """)
 
 
-def test_a_cast_is_made_once_a_step_and_never_stale():
+def test_a_cast_is_made_once_a_step_and_never_stale(on_a_gpu):
     """By the optimizer, by loading, or by an update that hides its version, as FSDP's does."""
     on_a_gpu("""
     def cast():
@@ -205,7 +205,7 @@ def test_a_cast_is_made_once_a_step_and_never_stale():
     """)
 
 
-def test_head_dtype_reaches_the_students_head(tmp_path: Path):
+def test_head_dtype_reaches_the_students_head(on_a_gpu):
     """--head-dtype float32: no product of a head in bfloat16 but the teacher's."""
     for value, wanted in (("auto", "bfloat16"), ("float32", "float32")):
         on_a_gpu(f"""

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run_script, wait_for
+from conftest import run_script, wait_for
+from forked import ForkedScript, run_forked
 from safetensors.torch import load_file
 from test_alignment import SPECIAL, TEXTS, as_example, byte_level, example, wrapped
 from torch import Tensor
@@ -35,8 +32,6 @@ from cross_tokenizer import (
     Objective,
     Vocabulary,
 )
-
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -456,8 +451,8 @@ def read(run: Path) -> tuple[dict, list[dict]]:
 
 
 @pytest.fixture(scope="module")
-def hybrid(workplace) -> tuple[Path, str]:
-    done = run_script("cross_tokenizer.py", *SMALL, cwd=workplace, **ONE_THREAD)
+def hybrid(workplace, shared_cache) -> tuple[Path, str]:
+    done = run_script("cross_tokenizer.py", *SMALL, "--cache-dir", shared_cache, cwd=workplace)
     assert done.returncode == 0, done.stderr
     name = "cross_tokenizer-max-rows-2560-eval-size-200-epochs-2.0"
     return workplace / "runs" / name, done.stdout
@@ -501,13 +496,13 @@ def test_alignment_is_reported(hybrid):
     )
 
 
-def test_uld_with_cross_entropy(workplace, hybrid):
+def test_uld_with_cross_entropy(workplace, hybrid, shared_cache):
     """It reads the teacher's text and hidden states from the cache; cross-entropy has weight 1."""
-    cache = sorted((workplace / "runs" / "cache").rglob("*.*"))
+    cache = sorted(shared_cache.rglob("*.*"))
     sizes = [p.stat().st_size for p in cache]
     flags = ("--loss", "uld", "--max-steps", "25", "--warmup-steps", "5")
-    flags += ("--learning-rate", "2e-3", "--output-dir", "runs/uld")
-    done = run_script("cross_tokenizer.py", *SMALL, *flags, cwd=workplace, **ONE_THREAD)
+    flags += ("--learning-rate", "2e-3", "--output-dir", "runs/uld", "--cache-dir", shared_cache)
+    done = run_forked("cross_tokenizer.py", *SMALL, *flags, cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert [p.stat().st_size for p in cache] == sizes
     results, lines = read(workplace / "runs" / "uld")
@@ -518,28 +513,22 @@ def test_uld_with_cross_entropy(workplace, hybrid):
     assert results["after"]["bits_per_byte"] < results["before"]["bits_per_byte"]
 
 
-def test_killed_and_resumed(workplace, hybrid, tmp_path):
+def test_killed_and_resumed(shared_cache, tmp_path):
     """kill -9 between two checkpoints, then --resume: the weights of an uninterrupted run."""
     flags = [
-        "--max-rows", "64", "--batch-size", "8", "--max-steps", "60", "--save-steps", "20",
+        "--max-rows", "64", "--batch-size", "8", "--max-steps", "24", "--save-steps", "8",
         "--eval-size", "8", "--eval-steps", "0", "--logging-steps", "1",
-        "--cache-dir", str(workplace / "runs" / "cache"),
+        "--cache-dir", shared_cache,
     ]  # fmt: skip
-    done = run_script(
-        "cross_tokenizer.py", *flags, "--output-dir", "whole", cwd=tmp_path, **ONE_THREAD
-    )
+    done = run_forked("cross_tokenizer.py", *flags, "--output-dir", "whole", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    command = [sys.executable, str(ROOT / "cross_tokenizer.py"), *flags, "--output-dir", "cut"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env={**os.environ, **ONE_THREAD}, stdout=subprocess.DEVNULL
-    )
-    assert wait_for(process, (tmp_path / "cut/checkpoints/step-000020/state.json").exists)
-    process.send_signal(signal.SIGKILL)
+    cut = [*flags, "--output-dir", "cut"]
+    process = ForkedScript("cross_tokenizer.py", cut, tmp_path, tmp_path / "out.txt")
+    assert wait_for(process, (tmp_path / "cut/checkpoints/step-000008/state.json").exists)
+    process.kill()
     process.wait()
     assert not (tmp_path / "cut" / "results.json").exists()
-    done = run_script(
-        "cross_tokenizer.py", *flags, "--output-dir", "cut", "--resume", cwd=tmp_path, **ONE_THREAD
-    )
+    done = run_forked("cross_tokenizer.py", *cut, "--resume", cwd=tmp_path)
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
     ours, theirs = (
         load_file(tmp_path / run / "final" / "model.safetensors") for run in ("cut", "whole")
@@ -547,12 +536,12 @@ def test_killed_and_resumed(workplace, hybrid, tmp_path):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     steps = [[x["train/loss"] for x in read(tmp_path / r)[1] if "train/loss" in x]
              for r in ("cut", "whole")]  # fmt: skip
-    assert steps[0] == steps[1] and len(steps[0]) == 60
+    assert steps[0] == steps[1] and len(steps[0]) == 24
 
 
 def test_top_k_must_fit(workplace):
     flags = "--loss", "uld", "--top-k", "401"
-    done = run_script("cross_tokenizer.py", *flags, cwd=workplace)
+    done = run_forked("cross_tokenizer.py", *flags, cwd=workplace)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "--top-k 401 must be at least 2 and at most 400" in done.stderr
     assert "student_other_tokenizer" in done.stderr and done.stderr.count("\n") == 1

@@ -6,28 +6,23 @@ Skipped where the emulation is not there; it lies beside the repository, in shar
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-
-EMULATION = ROOT.parent / "shared" / "emulated_cuda" / "run.py"
-pytestmark = pytest.mark.skipif(not EMULATION.exists(), reason="no emulated CUDA device here")
+from emulated import EMULATION, Emulation
 
 
 @pytest.mark.parametrize("script", ["token_level.py", "on_policy.py", "cross_tokenizer.py"])
-def test_training_steps_on_a_gpu(tmp_path: Path, shared_cache: Path, script: str):
+def test_training_steps_on_a_gpu(tmp_path: Path, emulation: Emulation, script: str):
     """Heads multiply in bfloat16 and sum in float32, nothing in a step's loss waits for the device,
     and the optimizer's parameters are those that move."""
-    flags = ["--max-steps", "3", "--max-rows", "64", "--eval-size", "4", "--batch-size", "8",
-             "--micro-batch-size", "4", "--max-new-tokens", "12", "--eval-steps", "0",
+    flags = ["--max-steps", "3", "--max-rows", "16", "--eval-size", "2", "--batch-size", "8",
+             "--micro-batch-size", "4", "--max-new-tokens", "9", "--eval-steps", "0",
              "--warmup-steps", "1", "--output-dir", "run"]  # fmt: skip
     report = tmp_path / "report.json"
-    command = [sys.executable, EMULATION, "--report", report, ROOT / script, *flags]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
+    command = [EMULATION / "run.py", "--report", report, ROOT / script, *flags]
+    done = emulation.run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(report.read_text())
     assert found["training"]["optimizer_steps"] == 3 and not found["training"]["problems"]
@@ -47,14 +42,10 @@ def test_training_steps_on_a_gpu(tmp_path: Path, shared_cache: Path, script: str
 
 
 @pytest.fixture(scope="module")
-def decoding() -> dict:
+def decoding(emulation: Emulation) -> dict:
     """For each architecture and kind of prompts, what generating 32 tokens asked of the device."""
-    paths = os.pathsep.join([str(EMULATION.parent), os.environ.get("PYTHONPATH", "")])
     kinds = ["llama", "gemma3_text", "qwen3_5_text", "mamba"]
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("emulated_decoding.py"), *kinds],
-        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=1800,
-    )  # fmt: skip
+    done = emulation.run(ROOT / "tests/emulated_decoding.py", *kinds, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert list(found) == kinds

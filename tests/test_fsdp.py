@@ -1,6 +1,7 @@
 """FSDP 2 with two processes (gloo, CPU): a sharded student, and a sharded teacher that runs live.
 
-Every run is compared with the run of the same command with one process.
+Every run is compared with the run of the same command with one process. One run is started by
+`accelerate launch`, as in the README; the others are forks (forked.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from accelerate import DistributedType, PartialState
 from byte_models import byte_tokenizer, edit, llama, write
 from conftest import ROOT, generate, tiny_model, wait_for
+from forked import ForkedRanks, run_forked
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -80,6 +82,7 @@ common.load_weights = load_and_note
 common.length_batches.__defaults__ = (32,)  # so that the processes evaluate 4 and 3 batches
 common.launch(script.main, script.Arguments, "")
 """
+LAUNCHED = "cross_tokenizer"
 ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 CASES = {
     "token_level": ["--no-cache-teacher", "--gradient-checkpointing"],
@@ -105,28 +108,36 @@ def place(tmp_path_factory, tokenizer) -> Path:
     return directory
 
 
-def command(script: str, name: str, processes: int, *flags: str) -> list[str]:
-    """A run of 20 steps; of 7 examples one process gets 4 and the other 3, three at a time."""
+def words(script: str, name: str, *flags: str) -> list[str]:
+    """A run of 8 steps; of 7 examples one process gets 4 and the other 3, three at a time."""
     options = {
-        "teacher": "teacher", "student": "student", "max-rows": 60, "eval-size": 7,
-        "max-new-tokens": 8, "max-steps": 20, "warmup-steps": 2, "batch-size": 7,
-        "micro-batch-size": 3, "logging-steps": 1, "eval-steps": 9, "output-dir": name,
+        "teacher": "teacher", "student": "student", "max-rows": 32, "eval-size": 7,
+        "max-new-tokens": 8, "max-steps": 8, "warmup-steps": 2, "batch-size": 7,
+        "micro-batch-size": 3, "logging-steps": 1, "eval-steps": 3, "output-dir": name,
         "cache-dir": "cache",
     }  # fmt: skip
     given = [str(part) for flag, value in options.items() for part in (f"--{flag}", value)]
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    if script == "cross_tokenizer":  # as the README starts it
-        start = ["-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version=2",
-                 f"--num_processes={processes}", "--main_process_port=0"]  # fmt: skip
-    return [sys.executable, *start, "script.py", *given, *flags, script, name]
+    return [*given, *flags, script, name]
+
+
+def accelerate_launch(place: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Two processes, as the README starts them."""
+    start = ["-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version=2",
+             "--num_processes=2", "--main_process_port=0", "script.py"]  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *start, *flags], cwd=place, env={**os.environ, **ENVIRONMENT},
+        capture_output=True, text=True, timeout=1800,
+    )  # fmt: skip
 
 
 def train(place: Path, script: str, name: str, processes: int, *flags: str) -> tuple[Any, list]:
     """What the run left in NAME.pt, and its metrics without what depends on the clock."""
-    done = subprocess.run(
-        command(script, name, processes, *flags), cwd=place, env={**os.environ, **ENVIRONMENT},
-        capture_output=True, text=True, timeout=1800,
-    )  # fmt: skip
+    given = words(script, name, *flags)
+    if script == LAUNCHED and processes == 2:
+        done = accelerate_launch(place, *given)
+    else:
+        script_file = place / "script.py"
+        done = run_forked(script_file, *given, cwd=place, processes=processes, **ENVIRONMENT)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert done.stdout.count("run directory") == done.stdout.count("gap recovered") == 1
     lines = [json.loads(line) for line in (place / name / "metrics.jsonl").read_text().splitlines()]
@@ -157,7 +168,7 @@ def test_sharded_processes_train_as_one(place, runs, script):
     difference = (two["gradients"] - one["gradients"]).norm()
     assert 0 < difference <= 1e-5 * one["gradients"].norm()
     losses = [[m["train/loss"] for m in run if "train/loss" in m] for run in (lines, expected)]
-    assert len(losses[0]) == 20 and losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], rel=1e-3)
     norms = [[m["optim/grad_norm"] for m in run if "train/loss" in m] for run in (lines, expected)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     scores = [[m for m in run if "eval/nats_per_token" in m] for run in (lines, expected)]
@@ -210,17 +221,14 @@ def test_final_is_the_gathered_student(place, runs, script):
 def test_a_sharded_run_stops_and_resumes(place, runs, script):
     """SIGTERM: one checkpoint, then the same metrics and weights as those of the whole run."""
     gathered, lines = runs(script)
-    flags = [*CASES[script], "--save-steps", "4"]
-    with open(place / "cut.txt", "wb") as out:
-        process = subprocess.Popen(
-            command(script, f"{script}-cut", 2, *flags), cwd=place,
-            env={**os.environ, **ENVIRONMENT}, stdout=out, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+    flags = [*CASES[script], "--save-steps", "2"]
+    given, out = words(script, f"{script}-cut", *flags), place / "cut.txt"
+    process = ForkedRanks(2, place / "script.py", given, place, out, **ENVIRONMENT)
     checkpoints = place / f"{script}-cut/checkpoints"
-    assert wait_for(process, (checkpoints / "step-000004/state.json").exists)
+    assert wait_for(process, (checkpoints / "step-000002/state.json").exists), out.read_text()
     process.terminate()
     assert process.wait() != 0
-    assert (place / "cut.txt").read_text().count("stopped after step") == 1
+    assert out.read_text().count("stopped after step") == 1
     resumed, again = train(place, script, f"{script}-cut", 2, *flags, "--resume")
     assert again == lines
     for name, tensor in gathered["student"].items():

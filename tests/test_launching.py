@@ -4,8 +4,6 @@ what surfaces at the last write."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,12 @@ import pytest
 import torch
 from byte_models import byte_tokenizer, edit, llama, rows_of, small_run, write, write_rows
 from conftest import ROOT, run_in_process
+from forked import ForkedRanks, ForkedScript
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import common
 import token_level
 
-TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ROWS = [{"prompt": q, "response": a} for q, a in
         (("one", "Two."), ("red", "Green and blue."), ("up", "Down"), ("a", "Beside the sea."),
          ("yes", "No!"), ("left", "Right, then."))]  # fmt: skip
@@ -56,12 +54,14 @@ def as_flags(flags: dict[str, Any]) -> list[str]:
     return [part for name, v in flags.items() for part in (common.as_flag(name), str(v))]
 
 
-def start(start_with: list[str], flags: dict[str, Any], **environment: str) -> subprocess.Popen:
-    environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"} | environment
-    return subprocess.Popen(
-        [sys.executable, *start_with, str(ROOT / "token_level.py"), *as_flags(flags)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-    )  # fmt: skip
+def start(
+    flags: dict[str, Any], output: Path, processes: int = 0, **environment: str
+) -> ForkedScript | ForkedRanks:
+    """token_level.py on its way, in one process or in several that share the run."""
+    given = ["token_level.py", as_flags(flags), ROOT, output]
+    if processes:
+        return ForkedRanks(processes, *given, **environment)
+    return ForkedScript(*given, **environment)
 
 
 def steps(run: str) -> list[tuple[float, float]]:
@@ -80,25 +80,26 @@ def test_two_processes_equal_one(kind: str, tmp_path: Path):
     flags = pair(tmp_path, kind, **KINDS[kind])
     flags |= {"max_steps": 3, "micro_batch_size": 2, "logging_steps": 1}
     two = {**flags, "output_dir": str(tmp_path / "two"), "cache_dir": str(tmp_path / "cache2")}
-    process = start(TWO, two, ACCELERATE_USE_CPU="true")
+    process = start(two, tmp_path / "out.txt", processes=2)
     run_in_process(token_level, **flags)
-    out = process.communicate(timeout=900)[0]
-    assert process.returncode == 0, out[-3000:]
+    code, out = process.wait(), (tmp_path / "out.txt").read_text()
+    assert code == 0, out[-3000:]
     assert out.count("run directory") == 1 and out.count("frozen") == (kind == "gemma3")
     ours, expected = steps(two["output_dir"]), steps(flags["output_dir"])
     assert len(ours) == len(expected) == 3
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(expected), rtol=1e-3, atol=0)
 
 
-def test_processes_that_do_not_find_each_other(tmp_path: Path):
+def test_processes_that_do_not_find_each_other(tmp_path: Path, tmp_path_factory, monkeypatch):
     """Two processes were started, but without a GPU accelerate makes two runs of them."""
-    flags = pair(tmp_path)
+    flags, outputs = pair(tmp_path), tmp_path_factory.mktemp("outputs")
     before = sorted(tmp_path.rglob("*"))
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29477"}
-    both = [start([], flags, RANK=rank, LOCAL_RANK=rank, **launched) for rank in "01"]
-    for process in both:
-        out = process.communicate(timeout=900)[0]
-        assert process.returncode == 2
+    both = [start(flags, outputs / rank, RANK=rank, LOCAL_RANK=rank, **launched) for rank in "01"]
+    for process, rank in zip(both, "01", strict=True):
+        assert process.wait() == 2
+        out = (outputs / rank).read_text()
         assert out.startswith("error: 2 processes were started, but each is alone")
         assert "ACCELERATE_USE_CPU=true" in out and out.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
@@ -114,9 +115,12 @@ def test_two_runs_never_share_a_directory(tmp_path: Path, monkeypatch):
 
     def others_start(self: common.Run, *rest: Any) -> None:
         before = content()
-        others = [start([], flags | more) for more in ({}, {"overwrite": True}, {"resume": True})]
-        outs = [other.communicate(timeout=900)[0] for other in others]
-        assert [other.returncode for other in others] == [2, 2, 2], outs
+        outputs = [tmp_path / f"out{i}.txt" for i in range(3)]
+        more = ({}, {"overwrite": True}, {"resume": True})
+        others = [start(flags | m, out) for m, out in zip(more, outputs, strict=True)]
+        codes = [other.wait() for other in others]
+        outs = [out.read_text() for out in outputs]
+        assert codes == [2, 2, 2], outs
         errors = [out.splitlines()[-1] for out in outs]
         assert "is not empty" in errors[0]
         assert all(f"another run is writing to --output-dir {run}" in e for e in errors[1:])
@@ -131,9 +135,11 @@ def test_two_runs_never_share_a_directory(tmp_path: Path, monkeypatch):
 def test_two_runs_that_start_at_the_same_moment(tmp_path: Path):
     """Neither has written anything when the other one looks."""
     flags = pair(tmp_path)
-    both = [start([], flags | {"cache_dir": str(tmp_path / n)}) for n in ("c1", "c2")]
-    outs = [process.communicate(timeout=900)[0] for process in both]
-    assert sorted(process.returncode for process in both) == [0, 2], outs
+    both = [start(flags | {"cache_dir": str(tmp_path / n)}, tmp_path / f"{n}.txt")
+            for n in ("c1", "c2")]  # fmt: skip
+    codes = sorted(process.wait() for process in both)
+    outs = [(tmp_path / f"{n}.txt").read_text() for n in ("c1", "c2")]
+    assert codes == [0, 2], outs
     assert [sum("gap recovered" in out for out in outs)] == [1]
     lines = (Path(flags["output_dir"]) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 1]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +20,7 @@ from conftest import (
     tiny_model,
     with_response,
 )
+from forked import run_forked
 from safetensors.torch import load_file
 from torch import nn
 
@@ -487,17 +485,12 @@ common.launch(on_policy.main, on_policy.Arguments, "")
 MIXED = ("--mix", "0.7", "--rollout-steps", "3", "--batch-size", "7")
 
 
-def launch(place: Path, name: str, *flags: str, processes: int = 1, kill_at: int = -1) -> int:
+def launch(place: Path, name: str, *flags: str, processes: int = 0, kill_at: int = -1) -> int:
     (place / "script.py").write_text(SCRIPT)
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     models = ["--teacher", "teacher", "--student", "student", "--cache-dir", "cache"]
-    done = subprocess.run(
-        [*command, "script.py", *WORDS, *models, "--output-dir", name, *flags],
-        cwd=place, capture_output=True, text=True, timeout=1800,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-             "ROLLOUTS": f"{name}.rollouts", "KILL_AT": str(kill_at)},
+    done = run_forked(
+        place / "script.py", *WORDS, *models, "--output-dir", name, *flags, cwd=place,
+        processes=processes, ROLLOUTS=f"{name}.rollouts", KILL_AT=str(kill_at),
     )  # fmt: skip
     assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
     return done.returncode

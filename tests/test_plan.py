@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import language_model, run_script, tiny_model
+from byte_models import edit
+from conftest import language_model, tiny_model
+from forked import run_forked
 
 import common
 import token_level
@@ -70,8 +72,9 @@ def test_every_script_plans_without_weights(tmp_path: Path, script: str):
         for file in (common.DATA / name).iterdir():
             if file.suffix != ".safetensors":
                 (tmp_path / name / file.name).write_bytes(file.read_bytes())
+        edit(tmp_path / name / "config.json", num_hidden_layers=2)
         flags += [side, tmp_path / name]
-    done = run_script(f"{script}.py", *flags, cwd=tmp_path)
+    done = run_forked(f"{script}.py", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     table = {
         line[:26].strip(): [float(n.replace(",", "")) for n in re.findall(r"[\d,]+", line[26:])]
@@ -85,6 +88,6 @@ def test_every_script_plans_without_weights(tmp_path: Path, script: str):
 
 def test_the_teacher_of_a_server_is_not_counted(tmp_path: Path):
     flags = ["--api-base-url", "http://localhost:1/v1", "--api-model", "m", "--max-rows", "64"]
-    done = run_script("sequence_level.py", "--plan", *flags, cwd=tmp_path)
+    done = run_forked("sequence_level.py", "--plan", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "student's weights" in done.stdout and "teacher's" not in done.stdout

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, tiny_model, wait_for
+from forked import run_forked
 from safetensors.torch import load_file
 
 # token_level.py, which also leaves beside its run the first step's gradients before clipping, and
@@ -43,7 +44,6 @@ common.save_tensors = save_and_note
 common.length_batches.__defaults__ = (256,)
 common.launch(token_level.main, token_level.Arguments, "")
 """
-ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true"}
 
 # Of 7 examples one process gets 4 and the other 3, three at a time: the second process's last
 # micro-batch is empty, and every micro-batch is padded to a width of its own.
@@ -61,26 +61,24 @@ def place(tmp_path_factory, tokenizer) -> Path:
     return directory
 
 
-def command(name: str, processes: int, *flags: str) -> list[str]:
-    """A run on 60 rows for 20 steps in its own directory and, unless told so, its own cache."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def words(name: str, *flags: str) -> list[str]:
+    """Flags of a run on 60 rows for 20 steps in its own directory and, unless told so, its own
+    cache."""
     options = {
         "teacher": "teacher", "student": "student", "max-rows": 60, "eval-size": 7,
         "max-new-tokens": 8, "max-steps": 20, "warmup-steps": 2, "batch-size": 7,
         "logging-steps": 3, "eval-steps": 9, "output-dir": name, "cache-dir": f"cache-{name}",
     }  # fmt: skip
     given = [str(part) for flag, value in options.items() for part in (f"--{flag}", value)]
-    return [*start, "script.py", *given, *flags, f"{name}.pt"]
+    return [*given, *flags, f"{name}.pt"]
 
 
 def train(place: Path, name: str, processes: int, *flags: str) -> tuple[torch.Tensor, list[dict]]:
-    """First gradient (all parameters in a row) and metrics of a run."""
-    done = subprocess.run(
-        command(name, processes, *flags), cwd=place, env=ENVIRONMENT,
-        capture_output=True, text=True, timeout=1800,
-    )  # fmt: skip
+    """First gradient (all parameters in a row) and metrics of a run, whose processes are forks."""
+    given = words(name, *flags)
+    done = run_forked(
+        place / "script.py", *given, cwd=place, processes=processes, ACCELERATE_USE_CPU="true"
+    )
     said = [line for line in done.stderr.splitlines() if "rror: " in line]
     assert done.returncode == 0, "\n".join(said) or done.stderr[-3000:]
     assert done.stdout.count("run directory") == done.stdout.count("gap recovered") == 1
@@ -101,7 +99,7 @@ def two(place) -> tuple[torch.Tensor, list[dict]]:
 
 def test_two_processes_train_as_one(place, two):
     """First gradients agree to 1e-5 of their norm, the losses of all steps to 1e-3."""
-    one = train(place, "one", 1, "--micro-batch-size", "0")
+    one = train(place, "one", 0, "--micro-batch-size", "0")
     assert (one[0] - two[0]).norm() <= 1e-5 * one[0].norm()
     losses = [[m["train/loss"] for m in run[1] if "train/loss" in m] for run in (one, two)]
     assert len(losses[0]) == len(losses[1]) == 20
@@ -124,11 +122,12 @@ def test_two_processes_train_as_one(place, two):
 
 
 def test_processes_stop_together_and_resume(place, two):
-    """SIGTERM to the launcher: one checkpoint of both processes, and the same run afterwards."""
+    """SIGTERM to torchrun: one checkpoint of both processes, and the same run afterwards."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py"]
     with open(place / "cut.txt", "wb") as out:
         process = subprocess.Popen(
-            command("cut", 2, *TWO, "--save-steps", "4"),
-            cwd=place, env=ENVIRONMENT, stdout=out, stderr=subprocess.STDOUT,
+            [sys.executable, *start, *words("cut", *TWO, "--save-steps", "4")], cwd=place,
+            env=os.environ | {"ACCELERATE_USE_CPU": "true"}, stdout=out, stderr=subprocess.STDOUT,
         )  # fmt: skip
     assert wait_for(process, (place / "cut/checkpoints/step-000004/state.json").exists)
     process.terminate()

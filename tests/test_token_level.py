@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_in_process, run_script
+from forked import run_forked
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -26,19 +27,21 @@ FLAGS = {"max_rows": 1280, "epochs": 4.0, "eval_size": 200, "eval_steps": 40}
 
 
 @pytest.fixture(scope="module")
-def forward(workplace) -> tuple[Path, str]:
+def forward(workplace, shared_cache) -> tuple[Path, str]:
     """The directory of a run that a user starts, and what it printed."""
     flags = [word for k, v in FLAGS.items() for word in (common.as_flag(k), str(v))]
+    flags += ["--cache-dir", str(shared_cache)]
     done = run_script("token_level.py", *flags, cwd=workplace)
     assert done.returncode == 0, done.stderr
     return workplace / "runs" / "token_level-max-rows-1280-eval-size-200-epochs-4.0", done.stdout
 
 
 @pytest.fixture
-def train(workplace, monkeypatch) -> Callable[..., None]:
+def train(workplace, shared_cache, monkeypatch) -> Callable[..., None]:
     """Runs `main` with FLAGS and others in the same directory."""
     monkeypatch.chdir(workplace)
-    return lambda **flags: run_in_process(token_level, **FLAGS | flags)
+    cache = {"cache_dir": str(shared_cache)}
+    return lambda **flags: run_in_process(token_level, **FLAGS | cache | flags)
 
 
 def read(run: Path) -> tuple[dict, list[dict]]:
@@ -103,11 +106,11 @@ def test_run_directory(forward):
 
 
 @pytest.mark.parametrize("kl", ["reverse", "jsd"])
-def test_other_divergences_learn_too(kl, workplace, forward, train, capsys):
+def test_other_divergences_learn_too(kl, workplace, shared_cache, forward, train, capsys):
     """They find text and states of the first run: nothing is written, no backbone is loaded."""
 
     def cached() -> dict[Path, int]:
-        paths = [p for p in (workplace / "runs" / "cache").rglob("*.*") if p.suffix != ".lock"]
+        paths = [p for p in shared_cache.rglob("*.*") if p.suffix != ".lock"]
         return {path: path.stat().st_mtime_ns for path in paths}
 
     before = cached()
@@ -135,7 +138,7 @@ def test_sweep_and_comparison(workplace, forward, train, capsys):
     _, lines = read(runs[0])
     step = lines[1]
     assert step["train/loss"] == pytest.approx(4 * step["train/kl"])
-    done = run_script("common.py", *sorted((workplace / "runs").iterdir()), cwd=workplace)
+    done = run_forked("common.py", *sorted((workplace / "runs").iterdir()), cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert all(p.name in done.stdout for p in runs)
     assert (workplace / "runs" / "comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -154,11 +157,12 @@ def test_dataset_completions_with_cross_entropy(workplace, train):
     assert 0.5 < ce < 6  # nats per token of a student that has seen this kind of text
 
 
-def test_divergence_of_training_is_named(workplace, forward, monkeypatch):
+def test_divergence_of_training_is_named(workplace, shared_cache, forward, monkeypatch):
     """A non-finite loss stops the run, says where and on what, and leaves no student."""
     flags = "--learning-rate 1e30 --max-steps 12 --max-rows 640 --eval-size 40"
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr(sys, "argv", ["", *flags.split(), "--output-dir", "runs/boom"])
+    monkeypatch.setattr(sys, "argv", ["", *flags.split(), "--output-dir", "runs/boom",
+                                      "--cache-dir", str(shared_cache)])  # fmt: skip
     with pytest.raises(SystemExit) as ended:
         common.launch(token_level.main, token_level.Arguments, "")
     said = ended.value.code  # text, which Python prints before it exits with code 1
