@@ -109,11 +109,11 @@ def place(tmp_path_factory, tokenizer) -> Path:
 
 
 def words(script: str, name: str, *flags: str) -> list[str]:
-    """A run of 8 steps; of 7 examples one process gets 4 and the other 3, three at a time."""
+    """A run of 20 steps; of 7 examples one process gets 4 and the other 3, three at a time."""
     options = {
         "teacher": "teacher", "student": "student", "max-rows": 32, "eval-size": 7,
-        "max-new-tokens": 8, "max-steps": 8, "warmup-steps": 2, "batch-size": 7,
-        "micro-batch-size": 3, "logging-steps": 1, "eval-steps": 3, "output-dir": name,
+        "max-new-tokens": 8, "max-steps": 20, "warmup-steps": 2, "batch-size": 7,
+        "micro-batch-size": 3, "logging-steps": 1, "eval-steps": 9, "output-dir": name,
         "cache-dir": "cache",
     }  # fmt: skip
     given = [str(part) for flag, value in options.items() for part in (f"--{flag}", value)]
@@ -168,7 +168,7 @@ def test_sharded_processes_train_as_one(place, runs, script):
     difference = (two["gradients"] - one["gradients"]).norm()
     assert 0 < difference <= 1e-5 * one["gradients"].norm()
     losses = [[m["train/loss"] for m in run if "train/loss" in m] for run in (lines, expected)]
-    assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert len(losses[0]) == 20 and losses[0] == pytest.approx(losses[1], rel=1e-3)
     norms = [[m["optim/grad_norm"] for m in run if "train/loss" in m] for run in (lines, expected)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     scores = [[m for m in run if "eval/nats_per_token" in m] for run in (lines, expected)]
@@ -221,11 +221,11 @@ def test_final_is_the_gathered_student(place, runs, script):
 def test_a_sharded_run_stops_and_resumes(place, runs, script):
     """SIGTERM: one checkpoint, then the same metrics and weights as those of the whole run."""
     gathered, lines = runs(script)
-    flags = [*CASES[script], "--save-steps", "2"]
+    flags = [*CASES[script], "--save-steps", "4"]
     given, out = words(script, f"{script}-cut", *flags), place / "cut.txt"
     process = ForkedRanks(2, place / "script.py", given, place, out, **ENVIRONMENT)
     checkpoints = place / f"{script}-cut/checkpoints"
-    assert wait_for(process, (checkpoints / "step-000002/state.json").exists), out.read_text()
+    assert wait_for(process, (checkpoints / "step-000004/state.json").exists), out.read_text()
     process.terminate()
     assert process.wait() != 0
     assert out.read_text().count("stopped after step") == 1
