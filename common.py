@@ -2035,7 +2035,7 @@ def cached_completions(
     which appends a line at once, so that an interrupted run loses none.
     """
     seed, top_p = (args.seed, top_p) if temperature else (0, 1.0)  # greedy text needs neither
-    settings = repr((identity, purpose, temperature, top_p, args.max_new_tokens, seed))
+    settings = repr((identity, temperature, top_p, args.max_new_tokens, seed))
     path = Path(args.cache_dir) / "text" / f"{row_seed(settings):016x}.jsonl"
     counts: Counter[str] = Counter()
     keys = []
