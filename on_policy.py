@@ -41,7 +41,7 @@ import common
 import token_level
 from common import Batch, Completion, Example, Head, LanguageModel, Logits, Objective, flag
 
-# kl_to_teacher above which a student is called weak: at 0.66 nats reverse KL cost 3 to 6 points of
+# kl_to_teacher above which a student is called weak: at 0.66 nats reverse KL cost 2 to 6 points of
 # exact match against forward KL with --mix 1 (README).
 WEAK = 0.5
 
