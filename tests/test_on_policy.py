@@ -165,6 +165,7 @@ def test_learns_on_the_embedded_pair(tmp_path: Path, shared_cache: Path):
     assert json.loads((tmp_path / "run/args.json").read_text())["mix"] == 0.5
     assert done.stdout.count("the student writes:") == 2 and "warning" not in done.stdout
     assert "exposure_bias" in done.stdout
+    assert "the student is weak (kl_to_teacher 0." in done.stdout
 
 
 # ------------------------------------------------------------------------------------ the loss

@@ -38,11 +38,11 @@ import common  # noqa: E402  (from the repository's root, which is not installed
 GRADER = f"{SQL / 'grader.py'}:same_result"
 KEPT = "sequence level, 4 samples, right ones"
 METHODS = {
+    KEPT: ["sequence_level.py", "--keep-matching", "--samples-per-prompt", "4",
+           "--temperature", "1"],
     "gold labels": ["sequence_level.py", "--completions", "dataset"],
     "sequence level": ["sequence_level.py"],
     "sequence level, right answers": ["sequence_level.py", "--keep-matching"],
-    KEPT: ["sequence_level.py", "--keep-matching", "--samples-per-prompt", "4",
-           "--temperature", "1"],
     "cross-tokenizer": ["cross_tokenizer.py"],
     "cross-tokenizer, greedy text": ["cross_tokenizer.py", "--sampling-temperature", "0"],
 }  # fmt: skip
@@ -187,6 +187,7 @@ def main() -> None:
         for rate in args.learning_rates
         for method, words in METHODS.items()
     ]
+    run(jobs[:1], 1)  # alone, as the others would wait for the text that it writes
     run(jobs, args.jobs)
     text = best(jobs, KEPT).directory / "completions.jsonl"
     further = [
