@@ -67,8 +67,11 @@ class ForkedScript(FORKS.Process):
     def poll(self) -> int | None:
         return self.exitcode
 
-    def wait(self) -> int:
-        self.join()
+    def wait(self, limit: float = 1800.0) -> int:
+        self.join(limit)
+        if self.exitcode is None:
+            self.kill()
+            raise subprocess.TimeoutExpired(self.script, limit)
         return self.exitcode
 
     def send_signal(self, number: int) -> None:
