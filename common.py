@@ -631,7 +631,7 @@ def _chosen_letter(text: str) -> str | None:
     text = text.replace("*", "").strip()
     for pattern in (
         r"\(?([A-H])(?:[).:,]|$)",
-        r".*\banswer\W+(?:is\W+)?([A-H])\b",
+        r".*\b[Aa]nswer\W+(?:is\W+)?([A-H])\b",
         r".*\b([A-H])\b",
     ):
         if found := re.match(pattern, text, re.DOTALL):
@@ -3472,7 +3472,8 @@ def write_text(path: Path, text: str) -> None:
     """Write beside and rename, so that an interruption leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    # Half of a surrogate pair, in a column that only a grader reads, becomes its JSON escape.
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(part, path)
 
 

@@ -104,7 +104,8 @@ def training_text(
     """
     if args.completions == "dataset":
         return common.make_examples(prompts, common.Pair(pair.student, None), args), {}
-    if args.keep_matching and ".py:" not in args.grader:
+    function = isinstance(common.load_grader(args.grader), common.FunctionGrader)
+    if args.keep_matching and not function:  # a function may do without references
         if bare := next((c for c in train if not c.references), None):
             raise UsageError(f"{bare.source}: no reference that --keep-matching could compare with")
         common.check_grader(args.grader, train)

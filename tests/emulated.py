@@ -10,6 +10,7 @@ import os
 import runpy
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -33,7 +34,10 @@ class Emulation:
         outputs = [self.directory / name for name in ("out", "err")]
         job = {"command": [*map(str, command)], "cwd": str(cwd), "outputs": [*map(str, outputs)]}
         print(json.dumps(job), file=self.process.stdin, flush=True)
+        limit = threading.Timer(1800, self.process.kill)  # of a run that hangs
+        limit.start()
         code = int(self.process.stdout.readline())
+        limit.cancel()
         return subprocess.CompletedProcess(command, code, *(o.read_text() for o in outputs))
 
     def close(self) -> None:

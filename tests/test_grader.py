@@ -32,6 +32,7 @@ CASES = [
     ("choice", "**B.** A dog", "B", True),
     ("choice", "The answer is (B), not A.", "B", True),
     ("choice", "A careful reader chooses C", "(C)", True),
+    ("choice", "Answer: B, not A", "B", True),
     ("choice", "Answer: D", "C", False),
     ("choice", "none", "A", False),
     ("json", '{"a": 1, "b": [true, null]}', '{"b":[true,null],"a":1.0}', True),
@@ -132,7 +133,7 @@ def test_exact_match_and_keep_matching_use_the_grader(tmp_path):
         "def even(text, row):\n    return len(text.split()) % 2 == 0 and row['group'] == 1\n"
     )
     words = rows_of(ROOT / "data" / "eval.jsonl")[:60]
-    rows = [row | {"group": i % 2} for i, row in enumerate(words)]
+    rows = [row | {"group": i % 2, "note": "half a pair: \ud83d"} for i, row in enumerate(words)]
     train, held_out = (
         write_rows(tmp_path / name, part)
         for name, part in (("train.jsonl", rows[:40]), ("eval.jsonl", rows[40:]))
@@ -143,7 +144,7 @@ def test_exact_match_and_keep_matching_use_the_grader(tmp_path):
         grader=f"{tmp_path / 'own.py'}:even",
     )  # fmt: skip
     kept = rows_of(tmp_path / "run" / "completions.jsonl")
-    assert kept and all(row["group"] == 1 for row in kept)
+    assert kept and all((row["group"], row["note"][-1]) == (1, "\ud83d") for row in kept)
     assert all(len(row["messages"][-1]["content"].split()) % 2 == 0 for row in kept)
     answers = rows_of(tmp_path / "run" / "answers.jsonl")
     assert [a["messages"] for a in answers] == [row["messages"] for row in rows[40:]]

@@ -358,7 +358,7 @@ def combinations(
     form: list[str], random_: random.Random, database: sqlite3.Connection
 ) -> list[dict[str, Any]]:
     """At most `MOST` ways to fill a form's gaps so that the query's result is more than 0."""
-    names = [name for name in VALUES if "{%s}" % name in form[-1]]  # noqa: UP031
+    names = [name for name in VALUES if f"{{{name}}}" in form[-1]]
     every = [dict(zip(names, v, strict=True)) for v in itertools.product(*map(VALUES.get, names))]
     chosen = []
     for values in random_.sample(every, len(every)):

@@ -4,7 +4,7 @@
 
 Prints the scores on 2000 held-out words, as means over the seeds, and draws them against the number
 of prompts, with a band from the lowest to the highest seed: --figure, data/few_prompts.png. A run
-takes one to two minutes on two cores; the bench says beforehand how many runs are left. Finished
+takes one to four minutes on two cores; the bench says beforehand how many runs are left. Finished
 runs are not run again, and a run that was cut is resumed.
 """
 
