@@ -259,6 +259,7 @@ def check_arguments(args: CommonArguments) -> None:
         if not isinstance(json.loads(args.template_kwargs), dict):
             raise ValueError("must be a JSON object")
     changed, url = changed_flags(args).keys(), args.api_base_url
+    urls = {"--api-base-url": url, "--rollout-url": getattr(args, "rollout_url", None)}
     api = [as_flag(name) for name in changed if name.startswith("api_")]
     weights = {"teacher", "teacher_revision", "teacher_dtype"}
     trackers = ["none", *map(str, get_available_trackers())]
@@ -286,11 +287,11 @@ def check_arguments(args: CommonArguments) -> None:
         (url and changed & weights, f"{', '.join(map(as_flag, sorted(changed & weights)))} is for "
          "a teacher that is loaded here, not an API"),
         (url and not args.api_model, "--api-base-url needs --api-model, the teacher's name"),
-        (url and not re.fullmatch(URL, url),
-         "--api-base-url must look like https://HOST/v1, without user name, password or "
-         f"parameters: a key belongs in the environment, {KEY}"),
-        (url and not find_spec("openai"),
-         '--api-base-url needs the openai client: pip install -e ".[api]"'),
+        *((u and not re.fullmatch(URL, u),
+           f"{name} must look like https://HOST/v1, without user name, password or parameters: a "
+           f"key belongs in the environment, {KEY}") for name, u in urls.items()),
+        *((u and not find_spec("openai"),
+           f'{name} needs the openai client: pip install -e ".[api]"') for name, u in urls.items()),
     ):  # fmt: skip
         if wrong:
             raise UsageError(message)
@@ -310,6 +311,8 @@ def launch(main: Callable[[Any], None], kind: type[CommonArguments], description
         ):
             plan(Path(sys.argv[0]).stem, args) if args.plan else main(args)
     except UsageError as problem:
+        if isinstance(problem, ServerLost) and Run.current:
+            Run.current.interrupt()
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -2229,7 +2232,7 @@ def teacher_hidden_states(
 ) -> Tensor:
     """The teacher's final hidden states (N, d) at the N targets of the examples."""
     if isinstance(teacher, ServerTeacher):
-        return teacher.live(examples, teacher.top if top is None else top)
+        return in_step(lambda: teacher.live(examples, teacher.top if top is None else top))
     return teacher.hidden_states(collate([e.teacher for e in examples], teacher.device))
 
 
@@ -2242,6 +2245,10 @@ TROUBLE = [  # texts that tokenizers split differently
     "  two  spaces,\n\n\ttabs \r\n and a long     gap", "don't DON'T 3.14159 1234567890 AbC_dEf",
     "naïve e\u0301 日本語 🙂 ﷽ \u200b\ufeff \u202e𝔘 ﬁ", "<s> [INST] </s> <|endoftext|> <unk> # ",
 ]  # fmt: skip
+
+
+class ServerLost(UsageError):
+    """A server that a step needs cannot be used, raised in every process: see `in_step`."""
 
 
 class NoAnswer(Exception):
@@ -2270,6 +2277,7 @@ class Server:
             raise UsageError(f"{KEY} holds characters that no header can carry")
         self.base_url = args.api_base_url.rstrip("/")
         self.identity, self.greeted = ["api", self.base_url, args.api_model], False
+        self.lost = False  # whether a connection broke: the server may have been started anew
 
     def complete(
         self, prompts: Sequence[Prompt], args: CommonArguments, **sampling: Any
@@ -2331,18 +2339,15 @@ class Server:
         asyncio.run(run())
 
     async def ask(self, client: Any, request: dict[str, Any], read: Callable[[Any], Any]) -> Any:
-        """`read(reply)` to a request for text, or of the models if it is empty; asked again where
-        `read` raises `ValueError`, at last raises `NoAnswer`."""
-        text = client.chat.completions if "messages" in request else client.completions
+        """`read(reply)` to a request, as `send` takes it; asked again where `read` raises
+        `ValueError`, at last raises `NoAnswer`."""
         reason, pause = "", 0.0
         for attempt in range(ATTEMPTS):
             await asyncio.sleep(pause)
             pause = min(FIRST_PAUSE * 2**attempt, LAST_PAUSE)
             try:
                 async with asyncio.timeout(self.args.api_timeout):
-                    raw = (text if request else client.models).with_raw_response
-                    raw = await (raw.create(**request) if request else raw.list())
-                reply = raw.http_response.json()
+                    reply = json.loads(await self.send(client, request))
                 try:
                     return read(reply)
                 except (AttributeError, TypeError, LookupError, OverflowError):
@@ -2360,8 +2365,18 @@ class Server:
             except TimeoutError:
                 reason = f"no answer within --api-timeout {self.args.api_timeout:g} seconds"
             except (self.openai.APIConnectionError, ValueError, RecursionError) as problem:
+                self.lost |= isinstance(problem, self.openai.APIConnectionError)
                 reason = f"no completion: {self.scrubbed(problem)}"
         raise NoAnswer(reason, None)
+
+    async def send(self, client: Any, request: dict[str, Any]) -> bytes:
+        """The reply to a request for text or to a path, or the models if it is empty."""
+        if "path" in request:  # whose reply may be any text
+            url = self.base_url.removesuffix("/v1") + request["path"]
+            return json.dumps(await client.post(url, body=request["body"], cast_to=str)).encode()
+        text = client.chat.completions if "messages" in request else client.completions
+        raw = (text if request else client.models).with_raw_response
+        return (await (raw.create(**request) if request else raw.list())).http_response.content
 
     def refused(self, problem: NoAnswer, cause: str = "") -> UsageError:
         """The error that ends the run."""
@@ -2518,7 +2533,8 @@ class ServerTeacher(Server):
         def read(reply: Any) -> dict[str, int | None]:
             return {model["id"]: model.get("max_model_len") for model in reply["data"]}
 
-        models, name = await self.ask(client, {}, read), self.args.api_model
+        models = await self.ask(client, {}, read)
+        name = self.args.api_model = self.args.api_model or next(iter(models), None)
         if name not in models:
             raise UsageError(f"{self.base_url} has no {name}, only {', '.join(models)}")
         size = self.args.max_length + self.args.max_new_tokens
@@ -2547,6 +2563,136 @@ class ServerTeacher(Server):
             if not theirs or len((logprobs or [()])[-1]) < min(self.top, size):
                 raise UsageError(f"{self.base_url} {needs}")
         return [*read.values()]
+
+
+def in_step(work: Callable[[], Item]) -> Item:
+    """`work()`; if that is a `UsageError` in any process, `ServerLost` in all, which must call this
+    together, so that they can write a checkpoint."""
+    result, problem = None, None
+    try:
+        result = work()
+    except UsageError as error:
+        problem = str(error)
+    if problems := [p for p in gather_object([problem]) if p]:
+        raise ServerLost(problems[0])
+    return result
+
+
+class RolloutServer(ServerTeacher):
+    """A vLLM server of the student, which writes its text.
+
+    `publish` puts the student's weights, or its adapters alone, into a directory that the server
+    sees, and has the server load them in place. The server must then give the log-probabilities
+    that the student gives, on text that the student wrote.
+    """
+
+    LIMIT = 0.1  # nats between them, on average over tokens
+
+    def __init__(self, args: Any, student: LanguageModel) -> None:
+        """`args` are those of on_policy.py."""
+        own = {"api_base_url": args.rollout_url, "api_model": None, "api_top_logprobs": 0}
+        many = args.generation_batch_size
+        super().__init__(dataclasses.replace(args, api_concurrency=many, **own), student)
+        self.directory, self.texts = Path(args.rollout_weights).resolve(), []
+
+    def publish(self, prompts: list[list[int]]) -> None:
+        """Give the server the present weights, in `evaluating()`; the student's answers to these
+        prompts prove it. `ServerLost` if the server keeps others."""
+
+        def work() -> None:
+            if not PartialState().is_main_process:
+                return
+            if not self.texts:
+                args = dataclasses.replace(self.args, max_new_tokens=32)
+                written = generate(self.student, prompts, range(len(prompts)), args, 1.0)
+                self.texts = [with_response(prompts[i], answer.ids) for i, answer in written]
+                self._update(wrong=True)  # the server may hold the right ones without any help
+                if self._nats_apart() < self.LIMIT:
+                    raise UsageError(f"{self.base_url} does not load what is in {self.directory}")
+            self._update()
+            if not (nats := self._nats_apart()) < self.LIMIT:
+                raise UsageError(
+                    f"{self.base_url} and the student give log-probabilities that are {nats:.2f} "
+                    f"nats apart: is it this student, and does it see {self.directory}?"
+                )
+
+        in_step(work)
+
+    def _update(self, wrong: bool = False) -> None:
+        student, lora = self.student, self.student.adapters is not None
+        weights = {n: t for n, t in student.model.state_dict().items() if not lora or ".lora_" in n}
+        if wrong:
+            weights = {n: t / 2 + 0.01 if t.is_floating_point() else t for n, t in weights.items()}
+        with usage_error(f"cannot write in {self.directory}", OSError, RuntimeError, ValueError):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if lora:
+                student.adapters.peft_config["default"].save_pretrained(self.directory)
+                named = {
+                    f"base_model.model.{n.replace('.default', '')}": weights[n] for n in weights
+                }
+                save_tensors(self.directory / "adapter_model.safetensors", **named)
+            else:
+                student.model.save_pretrained(self.directory, state_dict=weights)
+        self.load()
+
+    def load(self) -> None:
+        """Have the server load what is in the directory."""
+        folder, name = str(self.directory), "student"
+        path, body = (
+            "/collective_rpc",
+            {"method": "reload_weights", "kwargs": {"weights_path": folder}},
+        )
+        if self.student.adapters is not None:
+            path, body = (
+                "/v1/load_lora_adapter",
+                {"lora_name": name, "lora_path": folder, "load_inplace": True},
+            )
+
+        async def work(client: Any, request: dict[str, Any]) -> None:
+            def read(reply: str) -> None:
+                if '"success":false' in reply.replace(" ", ""):
+                    raise ValueError(reply)  # while requests are under way
+
+            try:
+                await self.ask(client, request, read)
+            except NoAnswer as problem:
+                switches = "VLLM_SERVER_DEV_MODE=1, and for LoRA VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+                cause = f"cannot load weights (start it with {switches})" * bool(problem.status)
+                raise self.refused(problem, cause) from None
+
+        for request in ({"path": path, "body": body}, {"path": "/reset_prefix_cache", "body": {}}):
+            self.each([request], work)
+        if self.student.adapters is not None:
+            self.args.api_model = name
+
+    def _nats_apart(self) -> float:
+        parts: dict[int, Tensor] = {}
+        self.read(self.texts, 0, lambda places, got: parts.update(zip(places, got, strict=True)))
+        theirs = TopLogprobs.unpack(torch.cat([parts[i] for i in sorted(parts)])).logprobs[:, 0]
+        batch = collate(self.texts, self.student.device)
+        ours = compare(self.student.logits(batch), batch.targets)["logprob"]
+        return (ours.cpu() - theirs).abs().mean().item()
+
+    def write(self, prompts: Sequence[tuple[Any, Prompt]], temperature: float) -> list[Completion]:
+        """The student's answers; what seeds each prompt stands before it."""
+
+        async def work(client: Any, item: tuple[Any, Prompt]) -> None:
+            request = self.request(*item, temperature)
+            try:
+                answer = await self.ask(client, request, partial(self.completion, item[1]))
+            except NoAnswer as problem:
+                raise self.refused(problem) from None
+            if answer.finished is None:
+                raise UsageError(f"{self.base_url}: {answer.text}")
+            answers[item[0]] = answer
+
+        for _ in range(ATTEMPTS):
+            self.lost, answers = False, {}
+            self.each(prompts, work)
+            if not self.lost:
+                return [answers[key] for key, _ in prompts]
+            self.load()  # a server that was started anew has its first weights
+        raise UsageError(f"{self.base_url} broke connections in each of {ATTEMPTS} attempts")
 
 
 def _choices(reply: Any, prompts: list[list[int]] | None = None) -> list[dict[str, Any]]:
@@ -3044,7 +3190,7 @@ def gap_recovered(before: list[Tally], after: list[Tally], teacher: list[Tally])
 FLAGS_FREE_ON_RESUME = {
     "output_dir", "overwrite", "resume", "cache_dir", "save_steps", "save_total_limit",
     "eval_steps", "logging_steps", "generation_batch_size", "report_to", "api_concurrency",
-    "api_timeout", "api_max_failures",
+    "api_timeout", "api_max_failures", "rollout_url", "rollout_weights",
 }  # fmt: skip
 
 
@@ -3155,6 +3301,8 @@ def reduce_gradients(
 class Run:
     """Run directory, metrics, checkpoints and results of one run."""
 
+    current: Run | None = None  # the run that trains in this process
+
     def __init__(
         self, script: str, args: CommonArguments, accelerator: Accelerator, evaluator: Evaluator
     ) -> None:
@@ -3240,6 +3388,7 @@ class Run:
                 self.accelerator.load_state(str(self.checkpoint))
             self.accelerator.print(f"resumed from {self.checkpoint}")
         self.steps, first = steps, self.state["step"]
+        Run.current, self.done = self, first
         self.bar = progress("training", steps, first)
         for number in (signal.SIGTERM, signal.SIGINT) if first < steps else ():
             signal.signal(number, self._note_signal)
@@ -3271,7 +3420,7 @@ class Run:
         self, step: int, tokens: int, values: dict[str, Any], examples: list[list[Example]]
     ) -> None:
         """Record a step, without waiting for its device tensors, and write when that is due."""
-        self.tokens += tokens
+        self.tokens, self.done = self.tokens + tokens, step
         self.pending.append((step, values, examples))
         self.bar.update()
         if step == self.steps or step % self.args.logging_steps == 0:
@@ -3327,12 +3476,22 @@ class Run:
             self.bar.close()
             default_signals()
         if stop:
-            flags = shlex.join(["--output-dir", str(self.directory), "--resume"])
-            self.accelerator.print(
-                f"stopped after step {step}; the same command with {flags} continues"
-            )
-            self._close()
+            self._stopped(step)
             sys.exit(128 + stop)
+
+    def interrupt(self) -> None:
+        """Write a checkpoint of what is done, in all processes, before an error ends the run."""
+        if self.done > self.state["step"]:
+            self.flush()
+            self._write_checkpoint(self.done)
+        self._stopped(self.done)
+
+    def _stopped(self, step: int) -> None:
+        flags = shlex.join(["--output-dir", str(self.directory), "--resume"])
+        self.accelerator.print(
+            f"stopped after step {step}; the same command with {flags} continues"
+        )
+        self._close()
 
     def _write_checkpoint(self, step: int) -> None:
         """Weights, optimizer and random state of all processes; state.json last."""

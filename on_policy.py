@@ -25,16 +25,16 @@ text only, because on the student's own samples its expected gradient is zero.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import common
@@ -62,6 +62,8 @@ class Arguments(token_level.Arguments):
     )
     rollout_temperature: float = flag(1.0, "temperature of the student's text (0: greedy)")
     rollout_steps: int = flag(1, "on-policy steps whose text is sampled at once, ahead of them")
+    rollout_url: str | None = flag(None, "a vLLM server of the student writes its text")
+    rollout_weights: str | None = flag(None, "the directory where that server finds new weights")
 
     def objective(self) -> Objective:
         """The divergence and its weights; `UsageError` for flags that contradict each other."""
@@ -70,7 +72,9 @@ class Arguments(token_level.Arguments):
             raise common.UsageError(f"--mix is a share of steps, so at most 1, not {self.mix}")
         if self.rollout_steps == 0:
             raise common.UsageError("--rollout-steps must be 1 or more")
-        own = {"estimator", "rollout_temperature", "rollout_steps", "mix_warmup_steps"}
+        if bool(self.rollout_url) != bool(self.rollout_weights):
+            raise common.UsageError("--rollout-url and --rollout-weights need each other")
+        own = {"estimator", "mix_warmup_steps", *(f for f in vars(self) if "rollout" in f)}
         teachers = {"sampling_temperature", "top_p", "completions", "ce_weight"}
         for absent, names, text in (
             (self.mix == 0, own, "steps on own text"),
@@ -182,27 +186,31 @@ def entropies(student: Logits, teacher: Logits | common.TopLogprobs) -> Tensor:
 class Rollouts:
     """The student's own answers to the prompts of on-policy steps, as token ids.
 
-    Those of the next --rollout-steps such steps are sampled together by the student of the first.
-    Each token is a function of that student and of (seed, step, row, position), so text depends on
-    batches and processes through rounding only. Text that waits is part of a checkpoint.
+    Those of the next --rollout-steps such steps are sampled together by the student of the first;
+    if these are several, a server writes them while those before are learned from. Each token is a
+    function of that student and of (seed, step, row, position), so text depends on batches and
+    processes through rounding only. Text that waits is part of a checkpoint.
     """
 
-    def __init__(
-        self, pair: common.Pair, prompts: list[common.Prompt], args: Arguments, steps: int,
-        accelerator: Accelerator,
-    ) -> None:  # fmt: skip
-        self.pair, self.prompts, self.args, self.steps = pair, prompts, args, steps
-        self.accelerator = accelerator
+    def __init__(self, pair: common.Pair, prompts: list[common.Prompt], run: common.Run) -> None:
+        self.pair, self.prompts, self.run, self.args = pair, prompts, run, run.args
+        self.server = common.RolloutServer(run.args, pair.student) if run.args.rollout_url else None
         # Maps a step to the step at which its text was sampled and the answers in batch order.
         self.waiting: dict[int, tuple[int, list[Completion]]] = {}
-        accelerator.register_save_state_pre_hook(lambda models, weights, path: self.save(path))
-        accelerator.register_load_state_pre_hook(lambda models, path: self.load(path))
+        # What is being written: the step it is sampled at, its places, and what waits for it.
+        self.coming: tuple[int, list[Any], Callable[[], list[Any]]] | None = None
+        run.accelerator.register_save_state_pre_hook(lambda models, weights, path: self.save(path))
+        run.accelerator.register_load_state_pre_hook(lambda models, path: self.load(path))
 
     def __call__(self, step: int) -> tuple[list[Example], dict[str, float]]:
         """The global batch of an on-policy step, and numbers to be logged."""
-        if step not in self.waiting:
-            self._sample(step)
-        sampled_at, answers = self.waiting.pop(step)
+        self.waiting = {s: text for s, text in self.waiting.items() if s >= step}
+        if not self.waiting:
+            self._begin(step, step)
+            self._finish()
+        if self.server and len(self.waiting) <= self.args.rollout_steps > 1:
+            self._begin(step, max(self.waiting) + 1)
+        sampled_at, answers = self.waiting[step]
         prompts = common.global_batch(self.prompts, self.args, step)
         return common.completion_examples(prompts, answers, self.pair, self.args.max_length), {
             "rollout/response_tokens": sum(a.length for a in answers) / len(answers),
@@ -210,34 +218,50 @@ class Rollouts:
             "rollout/staleness": step - sampled_at,
         }
 
-    def _sample(self, step: int) -> None:
-        args = self.args
-        coming = (s for s in range(step, self.steps) if args.on_policy(s))
+    def _begin(self, now: int, first: int) -> None:
+        """Have the present student write for the next on-policy steps, from `first` on."""
+        args, student, temperature = self.args, self.pair.student, self.args.rollout_temperature
+        coming = (s for s in range(first, self.run.steps) if args.on_policy(s))
         places = [
-            (s, row, prompt.student)
+            ((s, row), prompt)
             for s in itertools.islice(coming, args.rollout_steps)
             for row, prompt in enumerate(common.global_batch(self.prompts, args, s))
         ]
+        if self.coming or not places:
+            return
         mine = common.my_share(places)
-        prompts = [ids for *_, ids in mine]
-        seeds = [common.row_seed(args.seed, "rollout", s, row) for s, row, _ in mine]
-        with (student := self.pair.student).evaluating():
-            written = common.generate(student, prompts, seeds, args, args.rollout_temperature)
-            answers = dict(gather_object([(mine[place][:2], answer) for place, answer in written]))
-        for s, row, _ in places:
-            self.waiting.setdefault(s, (step, []))[1].append(answers[s, row])
+        keys, prompts = [key for key, _ in mine], [prompt.student for _, prompt in mine]
+        with student.evaluating():
+            if self.server:
+                self.server.publish(prompts[:8])
+                wait = ThreadPoolExecutor(1).submit(self.server.write, mine, temperature).result
+            else:
+                seeds = [common.row_seed(args.seed, "rollout", *key) for key in keys]
+                written = sorted(common.generate(student, prompts, seeds, args, temperature))
+                wait = lambda: [answer for _, answer in written]  # noqa: E731
+        self.coming = now, places, lambda: [*zip(keys, wait(), strict=True)]
+
+    def _finish(self) -> None:
+        """Wait for what is being written."""
+        (now, places, wait), self.coming = self.coming, None
+        answers = dict(gather_object(common.in_step(wait)))
+        for (s, row), _ in places:
+            self.waiting.setdefault(s, (now, []))[1].append(answers[s, row])
 
     def save(self, directory: str) -> None:
         """Write what waits as tensors, so that loading runs no code."""
-        if self.accelerator.is_main_process:
+        if self.coming:
+            with contextlib.suppress(common.ServerLost):  # then it is asked again
+                self._finish()
+        if self.run.accelerator.is_main_process:
             answers = [(s, at, a) for s, (at, group) in self.waiting.items() for a in group]
             rows = [(s, at, a.finished, a.length) for s, at, a in answers]
             values = {"rows": rows, "ids": [i for *_, a in answers for i in a.ids]}
             tensors = {name: torch.tensor(v, dtype=torch.long) for name, v in values.items()}
-            save_file(tensors, Path(directory) / "rollouts.safetensors")
+            common.save_tensors(Path(directory) / "rollouts.safetensors", **tensors)
 
     def load(self, directory: str) -> None:
-        tensors = load_file(Path(directory) / "rollouts.safetensors")
+        tensors = common.read_tensors(Path(directory) / "rollouts.safetensors")
         self.waiting, ids = {}, iter(tensors["ids"].tolist())
         for step, sampled_at, finished, length in tensors["rows"].view(-1, 4).tolist():
             answer = Completion("", bool(finished), length, list(itertools.islice(ids, length)))
@@ -353,7 +377,7 @@ def main(args: Arguments) -> None:
     module = OnPolicyLoss(student, teacher.head(), objective, args.estimator)
     module, optimizer = common.prepare(accelerator, module, args, teacher)
     steps = common.total_steps(args, len(examples or prompts))
-    rollouts = Rollouts(pair, prompts, args, steps, accelerator)
+    rollouts = Rollouts(pair, prompts, run)
     teacher_length = common.scores(evaluator.teacher_tallies)["response_tokens"]
     monitor = RolloutMonitor(student, teacher_length, args)
     for step in range(run.resume(steps), steps):

