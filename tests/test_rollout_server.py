@@ -64,6 +64,8 @@ class StudentStub(Stub):
             return 200, b"Success: done" if "lora" in path else b'{"results": [null]}'
 
     def restart(self) -> None:
+        self.model = self.model if self.adapted is None else self.adapted.unload()
+        self.adapted = None
         self.model.load_state_dict(self.first)
 
 
@@ -181,13 +183,17 @@ def broken(stub: StudentStub, at: int, times: int) -> Callable[[dict, int, Any],
             if at <= count[0] < at + times:
                 stub.restart()
                 raise ConnectionError
+        if body["model"] == "student" and stub.adapted is None:
+            return 404, b"{}"
         return reply
 
     return trouble
 
 
-def test_a_server_that_comes_back_gets_its_weights_again(rollouts, tmp_path):
+@pytest.mark.parametrize("lora", [0, 64])
+def test_a_server_that_comes_back_gets_its_weights_again(lora, rollouts, tmp_path):
     stub, flags = rollouts
+    flags |= {"lora_rank": lora}
     run_in_process(on_policy, **flags)
     stub.trouble = broken(stub, 2 * flags["batch_size"] + 2, 3)
     run_in_process(on_policy, **served(stub, flags, tmp_path))

@@ -1,4 +1,4 @@
-"""The methods on answers of 60 to 100 tokens: where in an answer does a student go wrong?
+"""The methods on answers of 44 to 99 phonemes: where in an answer does a student go wrong?
 
     python tests/bench/long_answers.py [--seeds 3] [--steps 300] [--jobs 1]
 
