@@ -2588,6 +2588,7 @@ class RolloutServer(ServerTeacher):
     """
 
     LIMIT = 0.1  # nats between them, on average over tokens
+    ADAPTER = "student"  # its name on the server
 
     def __init__(self, args: Any, student: LanguageModel) -> None:
         """`args` are those of on_policy.py."""
@@ -2618,19 +2619,23 @@ class RolloutServer(ServerTeacher):
                 )
 
         in_step(work)
+        if self.student.adapters is not None:  # the main process alone has loaded them
+            self.args.api_model = self.ADAPTER
 
     def _update(self, wrong: bool = False) -> None:
         student, lora = self.student, self.student.adapters is not None
         weights = {n: t for n, t in student.model.state_dict().items() if not lora or ".lora_" in n}
         if wrong:
             weights = {n: t / 2 + 0.01 if t.is_floating_point() else t for n, t in weights.items()}
+        elif not lora:  # vLLM reloads a tied head only if the file has it too
+            first = {t.data_ptr(): n for n, t in reversed(weights.items())}
+            weights = {n: t if first[t.data_ptr()] == n else t.clone() for n, t in weights.items()}
         with usage_error(f"cannot write in {self.directory}", OSError, RuntimeError, ValueError):
             self.directory.mkdir(parents=True, exist_ok=True)
             if lora:
                 student.adapters.peft_config["default"].save_pretrained(self.directory)
-                named = {
-                    f"base_model.model.{n.replace('.default', '')}": weights[n] for n in weights
-                }
+                own = "base_model.model."
+                named = {own + n.replace(".default", ""): t for n, t in weights.items()}
                 save_tensors(self.directory / "adapter_model.safetensors", **named)
             else:
                 student.model.save_pretrained(self.directory, state_dict=weights)
@@ -2638,16 +2643,13 @@ class RolloutServer(ServerTeacher):
 
     def load(self) -> None:
         """Have the server load what is in the directory."""
-        folder, name = str(self.directory), "student"
-        path, body = (
-            "/collective_rpc",
-            {"method": "reload_weights", "kwargs": {"weights_path": folder}},
-        )
+        folder = str(self.directory)
         if self.student.adapters is not None:
-            path, body = (
-                "/v1/load_lora_adapter",
-                {"lora_name": name, "lora_path": folder, "load_inplace": True},
-            )
+            path = "/v1/load_lora_adapter"
+            body = {"lora_name": self.ADAPTER, "lora_path": folder, "load_inplace": True}
+        else:
+            path = "/collective_rpc"
+            body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
 
         async def work(client: Any, request: dict[str, Any]) -> None:
             def read(reply: str) -> None:
@@ -2664,7 +2666,7 @@ class RolloutServer(ServerTeacher):
         for request in ({"path": path, "body": body}, {"path": "/reset_prefix_cache", "body": {}}):
             self.each([request], work)
         if self.student.adapters is not None:
-            self.args.api_model = name
+            self.args.api_model = self.ADAPTER
 
     def _nats_apart(self) -> float:
         parts: dict[int, Tensor] = {}

@@ -56,6 +56,7 @@ class StudentStub(Stub):
                     self.model = self.model if self.adapted is None else self.adapted.unload()
                     self.adapted = peft.PeftModel.from_pretrained(self.model, body["lora_path"])
                     self.model = self.adapted.eval()
+                    self.models[1:] = [{"id": "student", "max_model_len": None}]
                 else:
                     assert path == "/collective_rpc" and body["method"] == "reload_weights"
                     weights = load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")
@@ -238,14 +239,18 @@ def test_a_server_that_stays_away_leaves_a_checkpoint(which, rollouts, tmp_path)
     stub.trouble = lambda body, n, reply: reply
 
 
-def test_two_processes_share_the_asking(rollouts, tmp_path):
+@pytest.mark.parametrize("lora", [0, 64])
+def test_two_processes_share_the_asking(lora, rollouts, tmp_path):
     stub, flags = rollouts
+    flags |= {"lora_rank": lora}
     run_in_process(on_policy, **served(stub, flags, tmp_path, output_dir=str(tmp_path / "one")))
     asked = len([b for b in stub.bodies if "prompt_logprobs" not in b])
     words = flags_of(served(stub, flags, tmp_path))
     assert run_forked("on_policy.py", *words, cwd=tmp_path, processes=2).returncode == 0
     assert_equal_runs(tmp_path / "served", tmp_path / "one")
-    assert len([b for b in stub.bodies if "prompt_logprobs" not in b]) == 2 * asked
+    texts = [b for b in stub.bodies if "prompt_logprobs" not in b]
+    assert len(texts) == 2 * asked
+    assert {b["model"] for b in texts} == {"student" if lora else "served"}
 
 
 REFUSED = [
