@@ -6,8 +6,15 @@ The task is data/sentences: ten to fourteen words in a row, answered by their ph
 that tells where a word ends. Prints, as means over the seeds with lowest and highest, the scores on
 500 held-out sentences, `kl_on_own_text` and `exposure_bias` of every student that has the teacher's
 tokens, and the error rate of each tenth of the answers; draws the last as --figure,
-data/long_answers.png. A run takes two to six minutes on two cores; the bench says beforehand how
-many runs are left. Finished runs are not run again, and a run that was cut is resumed.
+data/long_answers.png. Three more methods continue from the student of token level, for half of the
+steps at a quarter of the learning rate.
+
+Then, whether errors compound: sentences are grouped by the errors in the first half of the
+student's answer, and student and teacher both write on from there. A student that has lost its
+place makes more errors in the second half than one that has not.
+
+A run takes two to nine minutes on one core; the bench says beforehand how many runs are left.
+Finished runs are not run again, and a run that was cut is resumed.
 """
 
 from __future__ import annotations
@@ -23,7 +30,10 @@ from typing import NamedTuple
 
 import pandas
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common
+
+ROOT = Path(common.__file__).parent
 TASK = ROOT / "data" / "sentences"
 OTHER = ["--student", str(TASK / "student_other_tokenizer")]
 METHODS = {
@@ -34,8 +44,14 @@ METHODS = {
     "on-policy, --kl forward --mix 1": ["on_policy.py", "--kl", "forward", "--mix", "1"],
     "cross-tokenizer (other student)": ["cross_tokenizer.py", *OTHER],
 }
+MORE = {
+    "token level, then token level": ["token_level.py"],
+    "token level, then on-policy, --kl reverse --mix 0.5": ["on_policy.py"],
+    "token level, then on-policy, --kl forward --mix 1": METHODS["on-policy, --kl forward --mix 1"],
+}
 SCORES = ["exact_match", "error_rate", "kl_to_teacher", "kl_on_own_text", "exposure_bias"]
 PARTS = 10
+GROUPS = {"0": 0, "1-2": 2, "3-5": 5, "6 or more": sys.maxsize}  # errors in the first half
 
 
 class Run(NamedTuple):
@@ -67,12 +83,21 @@ def call(words: Sequence[str], directory: Path, seed: int, steps: int, cache: Pa
 
 def finish(run: Run, args: argparse.Namespace) -> None:
     """Run what is not finished, and score the student on its own text, as on_policy.py does."""
-    cache = args.output_dir / "cache"
-    words = METHODS[run.method]
-    call(words, run.directory, run.seed, args.steps, cache)
+    cache, steps = args.output_dir / "cache", args.steps
+    words = (METHODS | MORE)[run.method]
+    if run.method in MORE:
+        start, steps = place("token level", run.seed, args) / "final", steps // 2
+        words = [*words, "--student", str(start), "--learning-rate", "5e-4"]
+    call(words, run.directory, run.seed, steps, cache)
     if words[0] not in ("on_policy.py", "cross_tokenizer.py"):
         own = ["on_policy.py", "--mix", "1", "--student", str(run.directory / "final")]
         call(own, run.directory / "own_text", run.seed, 1, cache)
+
+
+def place(method: str, seed: int, args: argparse.Namespace) -> Path:
+    """The directory of a run."""
+    number = [*METHODS, *MORE].index(method)
+    return args.output_dir / f"{number}-{args.steps}-{seed}"
 
 
 def scores(directory: Path, stage: str) -> dict[str, float]:
@@ -121,6 +146,36 @@ def errors_by_part(directory: Path, stage: str) -> list[float]:
     return [e / n for e, n in zip(edits, lengths, strict=True)]
 
 
+def further_errors(directory: Path) -> pandas.DataFrame:
+    """Edits in the second half of an answer over its length, by the edits in the first half, if
+    student or teacher writes it after the student's first half."""
+    rows = [json.loads(x) for x in (directory / "answers.jsonl").open(encoding="utf-8")]
+    halves, table = [], {}
+    for row in rows:
+        said, reference = row["after"].split(), row["references"][0].split()
+        half = said[: len(said) // 2]
+        edits = min(common.edit_distance(half, reference[:n]) for n in range(len(reference) + 1))
+        halves.append((half, edits, reference))
+    for name, path in (("student", directory / "final"), ("teacher", TASK / "teacher")):
+        args = common.CommonArguments(student=str(path), max_new_tokens=130)
+        model = common.open_model(args, common.PartialState(cpu=True).device, "student")
+        texts = [
+            common.render(model.tokenizer, row["messages"], prompt=True) + " ".join(half)
+            for row, (half, *_) in zip(rows, halves, strict=True)
+        ]
+        prompts = [common.tokenize(model.tokenizer, text)[0] for text in texts]
+        written = sorted(common.generate(model, prompts, [0] * len(prompts), args, 0.0))
+        counts = {}
+        for (_, answer), (half, edits, reference) in zip(written, halves, strict=True):
+            group = next(name for name, most in GROUPS.items() if edits <= most)
+            n, more, left = counts.get(group, (0, 0, 0))
+            more += common.edit_distance(half + answer.text.split(), reference) - edits
+            counts[group] = n + 1, more, left + len(reference) - len(half)
+        table["sentences"] = {g: n for g, (n, *_) in counts.items()}
+        table[name] = {g: more / left for g, (_, more, left) in counts.items()}
+    return pandas.DataFrame(table).sort_index()
+
+
 def draw(table: pandas.DataFrame, target: Path) -> None:
     """The error rate against the place in the answer, with a band over the seeds."""
     import matplotlib
@@ -147,21 +202,23 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    every = [*METHODS, *MORE]
+    parser.add_argument("--methods", nargs="+", choices=every, default=every)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/long_answers"))
     parser.add_argument("--figure", type=Path, default=ROOT / "data" / "long_answers.png")
     args = parser.parse_args()
     runs = [
-        Run(method, seed, args.output_dir / f"{number}-{args.steps}-{seed}")
+        Run(method, seed, place(method, seed, args))
         for seed in range(args.seeds)
-        for number, method in enumerate(METHODS)
+        for method in every
         if method in args.methods
     ]
     left = sum(not (run.directory / "results.json").exists() for run in runs)
     print(f"{left} of {len(runs)} runs are left", flush=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda run: finish(run, args), runs))
+    for part in (METHODS, MORE):  # the second begin with students of the first
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda run: finish(run, args), [r for r in runs if r.method in part]))
 
     rows = []
     for method, _, directory in runs:
@@ -177,6 +234,11 @@ def main() -> None:
         values = getattr(groups[[*SCORES, *range(PARTS)]], kind)()
         print(f"{kind}\n{values.to_string(float_format='{:.3f}'.format, na_rep='')}")
     draw(table[table["method"] != "the student before"], args.figure)
+    for method, seed, directory in runs:
+        if not seed and "cross" not in method:
+            print(
+                f"\n{method}\n{further_errors(directory).to_string(float_format='{:.3f}'.format)}"
+            )
 
 
 if __name__ == "__main__":
