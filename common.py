@@ -916,8 +916,8 @@ class LanguageModel:
     def evaluating(self) -> Iterator[None]:
         """Eval mode, without gradients and gradient checkpointing (which allows no KV cache), on
         weights in `compute_dtype`: see `inference_copy`."""
-        eager = torch.compiler.set_stance("force_eager")  # shapes change with every token
-        with self.inference_copy(self.compute_dtype), torch.no_grad(), eager:
+        eager = partial(torch.compiler.set_stance, "force_eager")  # shapes change with every token
+        with self.inference_copy(self.compute_dtype), torch.no_grad(), eager():
             training = self.model.training
             self.model.eval()
             try:

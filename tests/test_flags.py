@@ -197,8 +197,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 ]  # fmt: skip
 
 # Where a run goes, and what is asked of a server: test_resume.py, test_errors.py and test_api.py;
-# where a teacher lies: test_fsdp.py; the head's products: test_compiled_loss.py; test_plan.py.
+# where a teacher lies: test_fsdp.py; the head's products: test_compiled_loss.py; test_plan.py;
+# rollouts: test_rollout_server.py.
 ELSEWHERE = {"output_dir", "cache_dir", "teacher_device_map", "head_dtype", "plan"}
+ELSEWHERE |= {"rollout_url", "rollout_weights"}
 
 
 def test_every_flag_is_in_a_table():
