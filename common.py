@@ -3798,26 +3798,24 @@ def _peak_of_step(
     ids = torch.zeros(rows, length, dtype=torch.long, device=student.device)
     batch = Batch(ids, *ids.new_empty(3, rows * min(written, length - 1)))
     objective = args.objective() if teacher and hasattr(args, "kl") else Objective(ce_weight=1.0)
-    optimizer, logits = make_optimizer(student.model, args), None
+    trained, logits = [p for p in student.model.parameters() if p.requires_grad], None
+    moments = [torch.empty_like(p) for p in trained for _ in range(2)]  # the optimizer's state
     student.model.train()
-    for _ in range(2):  # the second step has the optimizer's state
-        before = live.peak = live.now
-        if teacher:
-            head, size = teacher.head(), len(student.head().weight)
-            if len(head.weight) != size:  # of cross_tokenizer.py
-                head = Head(head.weight.new_empty(size, head.weight.shape[1]))
-            with torch.no_grad():
-                hidden = (
-                    teacher.hidden_states(batch) if teacher.loaded
-                    else head.weight.new_empty(len(batch.targets), head.weight.shape[1])
-                )  # fmt: skip
-            logits = Logits(hidden, head)
-        loss, _ = distillation_loss(student.logits(batch), batch.targets, objective, logits)
-        parts = {"kept for backward": live.now - before, "added in the loss": live.peak - live.now}
-        loss.backward()
-        del loss
-        optimizer.step()
-        optimizer.zero_grad()
+    before = live.peak = live.now
+    if teacher:
+        head, size = teacher.head(), len(student.head().weight)
+        if len(head.weight) != size:  # of cross_tokenizer.py
+            head = Head(head.weight.new_empty(size, head.weight.shape[1]))
+        with torch.no_grad():
+            hidden = (
+                teacher.hidden_states(batch) if teacher.loaded
+                else head.weight.new_empty(len(batch.targets), head.weight.shape[1])
+            )  # fmt: skip
+        logits = Logits(hidden, head)
+    loss, _ = distillation_loss(student.logits(batch), batch.targets, objective, logits)
+    parts = {"kept for backward": live.now - before, "added in the loss": live.peak - live.now}
+    torch.autograd.grad(loss, trained, allow_unused=True)  # freeze_unreached has not run
+    del moments
     return parts | {"peak of training": live.peak}
 
 

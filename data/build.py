@@ -34,6 +34,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ MAX_NEW_TOKENS = 64
 Dictionary = dict[str, list[str]]
 Message = dict[str, str]
 # By the model's name: its recipe, right answers by prompt, and the prompts that it learns from.
-Courses = dict[str, tuple["Recipe", Dictionary, list[str]]]
+TrainingSets = dict[str, tuple["Recipe", Dictionary, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -654,8 +655,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, help="checkpoints; default: OUTPUT_DIR/.build")
     parser.add_argument("--small", action="store_true", help="a build of a minute, for tests")
     parser.add_argument("--seed", type=int, default=FULL.seed)
-    parser.add_argument("--teacher-steps", type=int, help=f"default: {FULL.teacher.steps}")
-    parser.add_argument("--student-steps", type=int, help=f"default: {FULL.student.steps}")
+    steps = [(plan.teacher.steps, plan.student.steps) for plan in (FULL, FULL_SENTENCES)]
+    told = ["default: {}; of sentences: {}".format(*both) for both in zip(*steps, strict=True)]
+    parser.add_argument("--teacher-steps", type=int, help=told[0])
+    parser.add_argument("--student-steps", type=int, help=told[1])
     parser.add_argument("--student-words", type=int, help=f"default: {FULL.student_words}")
     parser.add_argument(
         "--only", nargs="*", choices=MODELS, default=MODELS, help="models to make; none: data only"
@@ -667,26 +670,22 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def with_steps(plan: Plan | SentencePlan, args: argparse.Namespace) -> Any:
+    """The plan with the numbers of steps that the flags give."""
+    steps = {"teacher": args.teacher_steps, "student": args.student_steps}
+    recipes = {name: replace(getattr(plan, name), steps=n) for name, n in steps.items() if n}
+    return replace(plan, **recipes)
+
+
 def make_plan(args: argparse.Namespace) -> Plan:
     """Apply the flags to the full or the small plan."""
     plan = replace(SMALL if args.small else FULL, seed=args.seed)
-    if args.teacher_steps:
-        plan = replace(plan, teacher=replace(plan.teacher, steps=args.teacher_steps))
-    if args.student_steps:
-        plan = replace(plan, student=replace(plan.student, steps=args.student_steps))
-    if args.student_words:
-        plan = replace(plan, student_words=args.student_words)
-    return plan
+    words = args.student_words or plan.student_words
+    return replace(with_steps(plan, args), student_words=words)
 
 
-def write_words(out: Path, args: argparse.Namespace, gold: Dictionary) -> Courses:
-    """Write the data of the embedded default, and name what each of its models learns."""
-    plan = make_plan(args)
-    splits = split_words(gold, plan)
-    print(
-        f"{len(gold)} words: {len(splits.evaluation)} for evaluation, {len(splits.train)} prompts, "
-        f"{len(splits.teacher)} for the teacher, {len(splits.students)} of those for the students"
-    )
+def write_words(out: Path, plan: Plan, gold: Dictionary, splits: Splits) -> TrainingSets:
+    """Write the data of the embedded default, and say what each of its models learns."""
     write_rows(out / "train.jsonl", splits.train, splits, gold, plan.seed)
     write_rows(out / "eval.jsonl", splits.evaluation, splits, gold, plan.seed)
     student = plan.student, gold, splits.students
@@ -697,10 +696,10 @@ def write_words(out: Path, args: argparse.Namespace, gold: Dictionary) -> Course
     }
 
 
-def write_sentence_task(out: Path, args: argparse.Namespace, gold: Dictionary) -> Courses:
+def write_sentence_task(
+    out: Path, plan: SentencePlan, gold: Dictionary, splits: Splits, seed: int
+) -> TrainingSets:
     """The same for the task of long answers."""
-    plan = SMALL_SENTENCES if args.small else FULL_SENTENCES
-    splits = split_words(gold, make_plan(args))
     counts = {
         "train": plan.train_sentences,
         "eval": plan.eval_sentences,
@@ -708,7 +707,7 @@ def write_sentence_task(out: Path, args: argparse.Namespace, gold: Dictionary) -
         "student": plan.student_sentences,
     }
     made = {
-        use: make_sentences(gold, splits, plan, count, [args.seed, number])
+        use: make_sentences(gold, splits, plan, count, [seed, number])
         for number, (use, count) in enumerate(counts.items())
     }
     for use in ("train", "eval"):
@@ -727,8 +726,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     if args.threads:
         torch.set_num_threads(args.threads)
-    words = args.task == "words"
-    out = args.output_dir if words else args.output_dir / "sentences"
+    sentences = args.task == "sentences"
+    out = args.output_dir / "sentences" if sentences else args.output_dir
     work = args.work_dir or out / ".build"
     for folder in (out, work):
         folder.mkdir(parents=True, exist_ok=True)
@@ -736,28 +735,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     gold = read_dictionary(args.dictionary or find_dictionary())
     plan = make_plan(args)
-    students = split_words(gold, plan).students
-    labelled = [text for word in students for text in (word, *gold[word])]
-    phonemes = phoneme_tokenizer(gold)
-    gpt2_like = gpt2_like_tokenizer(labelled, plan.other_vocab_size)
-
-    courses = (write_words if words else write_sentence_task)(out, args, gold)
+    splits = split_words(gold, plan)
+    print(
+        f"{len(gold)} words: {len(splits.evaluation)} for evaluation, {len(splits.train)} prompts, "
+        f"{len(splits.teacher)} for the teacher, {len(splits.students)} of those for the students"
+    )
+    if sentences:
+        long = with_steps(SMALL_SENTENCES if args.small else FULL_SENTENCES, args)
+        training = write_sentence_task(out, long, gold, splits, plan.seed)
+    else:
+        training = write_words(out, plan, gold, splits)
     eval_rows = [json.loads(line) for line in (out / "eval.jsonl").open(encoding="utf-8")]
-    for name, (recipe, answers, prompts) in courses.items():
+    shown = eval_rows[: 200 if sentences else 1000]  # whose scores are printed while training
+
+    phonemes = phoneme_tokenizer(gold)
+    labelled = [text for word in splits.students for text in (word, *gold[word])]
+    gpt2_like = gpt2_like_tokenizer(labelled, plan.other_vocab_size)
+    for name, (recipe, answers, prompts) in training.items():
         if name not in args.only:
             continue
         tokenizer = gpt2_like if name == "student_other_tokenizer" else phonemes
-        turns = Turns(tokenizer, answers, prompts, MULTI_TURN_SHARE if words else 0.0)
+        turns = Turns(tokenizer, answers, prompts, 0.0 if sentences else MULTI_TURN_SHARE)
         checkpoint = work / f"{name}.pt"
-        model = train(
-            name,
-            recipe,
-            tokenizer,
-            turns,
-            eval_rows[: 1000 if words else 200],
-            checkpoint,
-            plan.seed,
-        )
+        model = train(name, recipe, tokenizer, turns, shown, checkpoint, plan.seed)
         export(model, tokenizer, out / name)
         print(score_exported(out / name, eval_rows), flush=True)
 
