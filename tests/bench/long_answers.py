@@ -183,7 +183,7 @@ def draw(table: pandas.DataFrame, target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(9, 7), layout="constrained")
     parts = [(part + 0.5) / PARTS for part in range(PARTS)]
     for method, rows in table.groupby("method", sort=False):
         values = rows[[*range(PARTS)]]
@@ -192,7 +192,7 @@ def draw(table: pandas.DataFrame, target: Path) -> None:
     axis.set(title="phoneme error rate", xlabel="place in the answer (share of its length)")
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(target, dpi=100)
 
 
