@@ -395,9 +395,9 @@ def print_head(*cells: str) -> None:
 
 def print_steps(args: argparse.Namespace) -> None:
     """token_level.py with cached states and a live teacher, and GKDTrainer."""
-    sides = ["suite, cached states", "suite, live teacher"]
-    sides += ["TRL's GKDTrainer, live teacher"] if find_spec("trl") else []
-    sides += ["suite, cached states, --compile", "suite, live teacher, --compile"]
+    sides = ["suite, live teacher", "suite, cached states"]
+    sides[1:1] = ["TRL's GKDTrainer, live teacher"] if find_spec("trl") else []
+    sides += [f"{side}, --compile" for side in sides if side.startswith("suite")]
     title = f"a step of {args.batch_size} x {LENGTH} tokens, 1.5B to 0.5B"
     print_head(title, "s", "targets a second", "GB", "first loss")
     targets = 0
