@@ -116,12 +116,14 @@ class UsageError(Exception):
 
 
 @contextlib.contextmanager
-def usage_error(prefix: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds become a `UsageError`: the prefix and the first line of the message,
-    or the second too if the first only announces it."""
+def usage_error(prefix: str, *kinds: type[Exception], about: str = "") -> Iterator[None]:
+    """Errors of these kinds, if their message contains `about`, become a `UsageError`: the prefix
+    and the first line of the message, or the second too if the first only announces it."""
     try:
         yield
     except kinds as problem:
+        if about not in str(problem):
+            raise
         lines = (str(problem).strip() or type(problem).__name__).splitlines()
         text = " ".join(lines[: 1 + lines[0].rstrip().endswith(":")])
         raise UsageError(f"{prefix}: {text[:300]}") from None
@@ -306,7 +308,8 @@ def launch(main: Callable[[Any], None], kind: type[CommonArguments], description
             usage_error(
                 "out of memory, which --micro-batch-size, --generation-batch-size, "
                 "--gradient-checkpointing or --lora-rank can lower",
-                torch.OutOfMemoryError,
+                RuntimeError,
+                about="out of memory",
             ),  # fmt: skip
         ):
             plan(Path(sys.argv[0]).stem, args) if args.plan else main(args)

@@ -217,9 +217,18 @@ def test_no_room_for_the_weights(tmp_path: Path, monkeypatch):
     assert not (Path(flags["output_dir"]) / "args.json").exists()
 
 
-def test_out_of_memory_is_one_sentence(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "problem",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore"),
+        # What a card says that other programs have filled.
+        torch.AcceleratorError("CUDA error: out of memory\nSearch for ...", 2),
+    ],
+    ids=["allocator", "driver"],
+)
+def test_out_of_memory_is_one_sentence(problem: Exception, monkeypatch, capsys):
     def main(_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
+        raise problem
 
     monkeypatch.setattr(sys, "argv", ["token_level.py"])
     with pytest.raises(SystemExit) as end:
@@ -233,6 +242,15 @@ def test_out_of_memory_is_one_sentence(monkeypatch, capsys):
         "lora-rank",
     ):
         assert f"--{flag}" in error
+
+
+def test_other_runtime_errors_are_not_hidden(monkeypatch):
+    def main(_: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700)
+
+    monkeypatch.setattr(sys, "argv", ["token_level.py"])
+    with pytest.raises(torch.AcceleratorError):
+        common.launch(main, token_level.Arguments, "")
 
 
 @pytest.mark.parametrize(

@@ -377,7 +377,7 @@ def run_side(args: argparse.Namespace, side: str) -> Numbers:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         numbers = {}
         for line in process.stdout:
-            if line.startswith("{"):
+            if line.startswith('{"'):  # TRL prints lines that begin with a brace, too
                 numbers = json.loads(line)
             elif line.startswith("|"):
                 print(line, end="", flush=True)
