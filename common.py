@@ -2048,11 +2048,18 @@ def cached_completions(
     for value in asked:  # a prompt that occurs twice gets two samples
         keys.append(f"{row_seed(value, counts[repr(value)]):016x}")
         counts[repr(value)] += temperature > 0
-    with exclusive(path.with_suffix(".lock")):
-        known = _read_completions(path)
+
+    def look(repair: bool) -> tuple[dict[str, Completion], dict[str, int]]:
+        known = _read_completions(path, repair)
         if not (args.resume and Path(args.output_dir).exists()):  # else its text must not change
             known = {key: c for key, c in known.items() if c.finished is not None}
-        missing = {key: i for i, key in enumerate(keys) if key not in known}
+        return known, {key: i for i, key in enumerate(keys) if key not in known}
+
+    known, missing = look(repair=False)
+    if not any(gather_object([bool(missing)])):  # need not wait for a run that writes other lines
+        return [known[key] for key in keys]
+    with exclusive(path.with_suffix(".lock")):
+        known, missing = look(repair=True)
         mine = dict(my_share(list(missing.items()), args.teacher_device_map != "none"))
         PartialState().wait_for_everyone()  # all must divide the same missing keys
         began, tokens = time.perf_counter(), 0
@@ -2079,11 +2086,12 @@ def cached_completions(
     return [known[key] for key in keys]
 
 
-def _read_completions(path: Path) -> dict[str, Completion]:
-    """The whole lines of a cache file; the unfinished last line of a killed run is removed."""
+def _read_completions(path: Path, repair: bool = False) -> dict[str, Completion]:
+    """The whole lines of a cache file; `repair`, under its lock, removes the unfinished last line
+    of a killed run."""
     raw = path.read_bytes() if path.exists() else b""
     whole = raw.rfind(b"\n") + 1
-    if whole < len(raw):
+    if repair and whole < len(raw):
         os.truncate(path, whole)
     known = {}
     for number, line in enumerate(raw[:whole].splitlines(), 1):

@@ -180,7 +180,7 @@ def entropies(student: Logits, teacher: Logits | common.TopLogprobs) -> Tensor:
         values = model.logprobs if isinstance(model, common.TopLogprobs) else model
         logprobs = common.log_softmax_with_temperature(values[chosen])
         sums.append(-(logprobs.exp() * logprobs).sum())
-    return torch.stack([*sums, sums[0].new_tensor(len(student.hidden[chosen]))])
+    return torch.stack([*sums, sums[0].new_full((), len(student.hidden[chosen]))])
 
 
 class Rollouts:

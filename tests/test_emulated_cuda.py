@@ -16,7 +16,7 @@ from emulated import EMULATION, Emulation
 @pytest.mark.parametrize("script", ["token_level.py", "on_policy.py", "cross_tokenizer.py"])
 def test_training_steps_on_a_gpu(tmp_path: Path, emulation: Emulation, script: str):
     """Heads multiply in bfloat16 and sum in float32, nothing in a step's loss waits for the device,
-    and the optimizer's parameters are those that move."""
+    a step's copies are pinned, and the optimizer's parameters are those that move."""
     flags = ["--max-steps", "3", "--max-rows", "16", "--eval-size", "2", "--batch-size", "8",
              "--micro-batch-size", "4", "--max-new-tokens", "9", "--eval-steps", "0",
              "--warmup-steps", "1", "--output-dir", "run"]  # fmt: skip
@@ -39,6 +39,13 @@ def test_training_steps_on_a_gpu(tmp_path: Path, emulation: Emulation, script: s
     waiting = {sync["line"] for sync in found["syncs"]}
     inside = ("chunked_loss", "forward", "gradient_of_piece", "divergence", "loss", "collate")
     assert not [line for line in waiting if any(name in line for name in inside)]
+
+    # Only what happens before or between steps may wait for a copy: loading, tables, evaluation.
+    once = ("load_weights", "__getitem__", "_table", "<dictcomp>")
+    for copy in found["copies"]:
+        assert copy["kind"] == "async" or any(name in copy["line"] for name in once), copy
+    pinned = sum(copy["count"] for copy in found["copies"] if copy["kind"] == "async")
+    assert pinned > 3 * 2 * 4  # of every micro-batch: ids, targets, positions, mask
 
 
 @pytest.fixture(scope="module")

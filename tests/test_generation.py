@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import generate, language_model, score, tiny_model
+from filelock import FileLock
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -506,6 +508,29 @@ def test_teacher_text_resumes_after_a_cut(tmp_path, tiny, counted):
     file.write_bytes(whole[:-1])  # everything but the last line break
     counted.clear()
     assert ask(teacher, prompts, args) == first and sum(counted) <= 1
+
+
+def test_text_that_is_there_waits_for_no_other_run(tmp_path, tiny):
+    """While a run that holds the lock writes a further line, others read the lines they need."""
+    teacher, prompts = tiny("llama", dtype=torch.float64), as_prompts(prompts_of(4))
+    args = arguments(tmp_path)
+    first = ask(teacher, prompts, args)
+    (file,) = files(tmp_path)
+    with FileLock(file.with_suffix(".lock")), open(file, "ab") as other:
+        other.write(b'{"key": "half a li')
+        other.flush()
+
+        def late(*_: object) -> None:
+            raise TimeoutError("waits for the lock")
+
+        before = signal.signal(signal.SIGALRM, late)
+        signal.alarm(20)
+        try:
+            assert ask(teacher, prompts[1:], args) == first[1:]
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+        assert file.read_bytes().endswith(b"half a li")  # which the other run goes on with
 
 
 def test_answers_are_on_disk_as_soon_as_their_batch_is_written(tmp_path, tiny):
