@@ -54,7 +54,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import pandas
 import psutil
@@ -147,6 +147,8 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 @dataclass
 class CommonArguments:
     """The flags that mean the same thing in every script."""
+
+    two_tokenizers: ClassVar[bool] = False  # of the student and of a teacher on a server
 
     teacher: str = flag(str(DATA / "teacher"), "teacher model: a directory or a hub id")
     student: str = flag(str(DATA / "student"), "student model: a directory or a hub id")
@@ -263,7 +265,7 @@ def check_arguments(args: CommonArguments) -> None:
     changed, url = changed_flags(args).keys(), args.api_base_url
     urls = {"--api-base-url": url, "--rollout-url": getattr(args, "rollout_url", None)}
     api = [as_flag(name) for name in changed if name.startswith("api_")]
-    weights = {"teacher", "teacher_revision", "teacher_dtype"}
+    weights = {"teacher_dtype", *(() if args.two_tokenizers else ("teacher", "teacher_revision"))}
     trackers = ["none", *map(str, get_available_trackers())]
     local = [Path(model).is_dir() for model in (args.student, args.teacher)]
     for wrong, message in (
@@ -970,7 +972,7 @@ class Pair(NamedTuple):
     """Student and teacher, each with its own tokenizer and chat template."""
 
     student: LanguageModel
-    teacher: Any  # a LanguageModel, or a Server, of which a ServerTeacher has the student's tokens
+    teacher: Any  # a LanguageModel or a Server
 
     @property
     def has_weights(self) -> bool:
@@ -982,7 +984,17 @@ class Pair(NamedTuple):
         """Whether equal ids are equal tokens, as far as both models have them."""
         if self.has_weights:
             return not self.different_tokens()
-        return isinstance(self.teacher, ServerTeacher)  # which proves it before it answers
+        server = self.teacher  # which proves before it answers that it has the reader's tokens
+        return isinstance(server, ServerTeacher) and server.reader is self.student
+
+    @property
+    def readers(self) -> list[LanguageModel]:
+        """The student, and the model in whose tokens the teacher reads: itself, or for a server
+        one without weights, if they are not the student's."""
+        if self.has_weights:
+            return [self.student, self.teacher]
+        reader = getattr(self.teacher, "reader", self.student)
+        return [self.student] if reader is self.student else [self.student, reader]
 
     def different_tokens(self) -> list[str]:
         """Tokens that one model lacks or has at another id, but for those added at the end."""
@@ -1259,8 +1271,11 @@ def load_pair(args: CommonArguments, device: torch.device) -> Pair:
     """Student and teacher; the teacher's weights are loaded only if its head is not cached, and a
     teacher on a server is asked only for what is not cached."""
     if args.api_base_url:
-        student = load_student(args, device)
-        return Pair(student, ServerTeacher(args, student))
+        reader = open_model(args, device, "teacher") if args.two_tokenizers else None  # no weights
+        student = load_student(args, device, reader and reader.tokenizer.chat_template)
+        if reader:
+            share_tag(Pair(student, reader))
+        return Pair(student, ServerTeacher(args, reader or student))
     teacher = open_model(args, device, "teacher")
     # Then only the main process loads the teacher, and fills the cache for all.
     alone = teacher.spread and PartialState().distributed_type != DistributedType.NO
@@ -1701,10 +1716,10 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
         return sides
 
     ours = theirs = read_by(pair.student)
-    if pair.has_weights:
-        templates = [model.tokenizer.chat_template for model in pair]
+    if len(pair.readers) == 2:
+        templates = [model.tokenizer.chat_template for model in pair.readers]
         if templates[0] != templates[1] or not pair.same_vocabulary:
-            theirs = read_by(pair.teacher)
+            theirs = read_by(pair.readers[1])
     sides = zip(conversations, ours, theirs, strict=True)
     prompts = [Prompt(c, ids, their_ids, given) for c, (ids, given), (their_ids, _) in sides]
     prompts = [p for p in prompts if all(0 < len(ids) < limit for ids in (p.student, p.teacher))]
@@ -1747,15 +1762,14 @@ def completion_examples(
         text, written, sides = completion.text, completion.ids, []
         if written is None:  # by an API or in a data set, where answers are whole
             text = after_tag(whole_answer(text), prompt.given)
-        for model, ids in zip(pair, (prompt.student, prompt.teacher), strict=True):
-            if isinstance(model, LanguageModel):
-                response = written if shared or model is pair.teacher else None
-                if response is None:
-                    with usage_error(prompt.conversation.source, UsageError):
-                        response = tokenize_answer(model, prompt.conversation, ids, text)
-                    response = response + model.end_ids[:1] * bool(completion.finished)
-                written = response if shared else written
-                sides.append(with_response(ids, response))
+        for model, ids in zip(pair.readers, (prompt.student, prompt.teacher), strict=False):
+            response = written if shared or model is not pair.student else None
+            if response is None:
+                with usage_error(prompt.conversation.source, UsageError):
+                    response = tokenize_answer(model, prompt.conversation, ids, text)
+                response = response + model.end_ids[:1] * bool(completion.finished)
+            written = response if shared else written
+            sides.append(with_response(ids, response))
         sides = _cut([sides[0], sides[-1]], max_length, shared)
         examples.append(Example(i, prompt, prompt.given + text, *sides))
     return examples
@@ -1768,7 +1782,7 @@ def dataset_examples(
 
     A response that the template does not print as it is follows the prompt as a completion does.
     """
-    examples, cut, shared = [], 0, pair.same_vocabulary or not pair.has_weights
+    examples, cut, shared = [], 0, pair.same_vocabulary or len(pair.readers) == 1
     last_only = 0  # conversations with earlier answers that cannot be located
     for i, prompt in enumerate(prompts):
         conversation, response = prompt.conversation, prompt.conversation.response
@@ -1776,8 +1790,8 @@ def dataset_examples(
         turns = [*conversation.messages, response]
         with usage_error(conversation.source, UsageError):
             sides = [tokenize_conversation(pair.student, turns, **conversation.options)] * 2
-            if pair.has_weights and prompt.student is not prompt.teacher:  # they read differently
-                sides[1] = tokenize_conversation(pair.teacher, turns, **conversation.options)
+            if len(pair.readers) == 2 and prompt.student is not prompt.teacher:  # read differently
+                sides[1] = tokenize_conversation(pair.readers[1], turns, **conversation.options)
             if not all(side.targets for side in sides):
                 answer = Completion(_unrendered(response), True, 0, None)
                 (example,) = completion_examples([prompt], [answer], pair, sys.maxsize)
@@ -2280,10 +2294,10 @@ class Server:
     killed run loses at most --api-concurrency of them. The key is in no file and no message.
     """
 
-    def __init__(self, args: CommonArguments, student: LanguageModel) -> None:
+    def __init__(self, args: CommonArguments, reader: LanguageModel) -> None:
         import openai  # takes a second to import, and a local teacher needs none
 
-        self.openai, self.args, self.student = openai, args, student
+        self.openai, self.args, self.reader = openai, args, reader
         self.key = os.environ.get(KEY, "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise UsageError(f"{KEY} holds characters that no header can carry")
@@ -2409,19 +2423,20 @@ class Server:
 
 
 class ServerTeacher(Server):
-    """A model on a vLLM server that has the student's tokens: text and log-probabilities.
+    """A model on a vLLM server that has the reader's tokens: text and log-probabilities.
 
-    It reads the ids of the student's template and tokenizer, never text, and each reply must say
-    that it has read these. `greet` proves what training relies on. What `TeacherHiddenStates` keeps
-    of it are log-probabilities, as `TopLogprobs.packed`.
+    The reader is the student, or a model of other tokens without its weights. The server is given
+    ids of its template and tokenizer, never text, and each reply must say that it has read these.
+    `greet` proves what training relies on. What `TeacherHiddenStates` keeps of it are
+    log-probabilities, as `TopLogprobs.packed`.
     """
 
     compute_dtype, spread = torch.int16, False  # of what is kept; over devices
 
-    def __init__(self, args: CommonArguments, student: LanguageModel) -> None:
-        super().__init__(args, student)
-        self.top, self.device = args.api_top_logprobs, student.device
-        self.identity += ["ids", row_seed(sorted(student.tokenizer.get_vocab().items()))]
+    def __init__(self, args: CommonArguments, reader: LanguageModel) -> None:
+        super().__init__(args, reader)
+        self.top, self.device = args.api_top_logprobs, reader.device
+        self.identity += ["ids", row_seed(sorted(reader.tokenizer.get_vocab().items()))]
         name = f"{row_seed(self.identity, self.top):016x}"
         self.states_dir = Path(args.cache_dir) / "logprobs" / name if args.cache_teacher else None
 
@@ -2429,7 +2444,7 @@ class ServerTeacher(Server):
         """There is none: see `teacher_logits`."""
 
     def asked(self, prompt: Prompt) -> list[int]:
-        return prompt.student
+        return prompt.teacher
 
     def request(
         self, key: str, prompt: Prompt, temperature: float, top_p: float = 1.0, **_: Any
@@ -2437,19 +2452,19 @@ class ServerTeacher(Server):
         """What is not set here, the model's generation_config.json would set."""
         extra = {"min_p": 0.0, "top_k": 0, "repetition_penalty": 1.0, "return_token_ids": True}
         return {
-            "model": self.args.api_model, "prompt": prompt.student, "temperature": temperature,
+            "model": self.args.api_model, "prompt": prompt.teacher, "temperature": temperature,
             "top_p": top_p, "max_tokens": self.args.max_new_tokens,
             "seed": row_seed(self.args.seed, key),
-            "extra_body": extra | {"stop_token_ids": self.student.end_ids},
+            "extra_body": extra | {"stop_token_ids": self.reader.end_ids},
         }  # fmt: skip
 
     def completion(self, prompt: Prompt, reply: Any) -> Completion:
         """What the server wrote; `ValueError` for what is no completion of the prompt."""
-        (choice,), tokenizer = _choices(reply, [prompt.student]), self.student.tokenizer
+        (choice,), tokenizer = _choices(reply, [prompt.teacher]), self.reader.tokenizer
         ids, reason = choice["token_ids"], choice["finish_reason"]
-        if not ids or not all(0 <= i < self.student.vocabulary for i in ids):
+        if not ids or not all(0 <= i < self.reader.vocabulary for i in ids):
             raise ValueError(f"token_ids {ids}")
-        finished = ids[-1] in self.student.end_ids
+        finished = ids[-1] in self.reader.end_ids
         if reason != ("stop" if finished else "length"):
             last = tokenizer.convert_ids_to_tokens(ids[-1])
             return Completion(f"finish_reason {reason} after {last}", None, 0, None)
@@ -2504,7 +2519,7 @@ class ServerTeacher(Server):
     def _outcomes(self, given: Any, target: int, k: int) -> tuple[list[int], list[float]]:
         """Ids and log-probabilities of a row of `TopLogprobs`; `ValueError` if they cannot be."""
         logprobs = {int(i): float(entry["logprob"]) for i, entry in given.items()}
-        size, likeliest = self.student.vocabulary, sorted(logprobs.values(), reverse=True)
+        size, likeliest = self.reader.vocabulary, sorted(logprobs.values(), reverse=True)
         if target not in logprobs or not min(k, size) <= len(logprobs) <= k + 1:
             raise ValueError(f"{len(logprobs)} log-probabilities, not {k} and that of {target}")
         total = math.fsum(map(math.exp, likeliest))
@@ -2558,7 +2573,7 @@ class ServerTeacher(Server):
 
     async def _check_tokens(self, client: Any, needs: str) -> list[list[int]]:
         """Ids of troublesome texts, and of tokens from all of the vocabulary, if they are equal."""
-        tokenizer, size = self.student.tokenizer, self.student.vocabulary
+        tokenizer, size = self.reader.tokenizer, self.reader.vocabulary
         places = [[*range(i, size, max(1, size // 32))] for i in range(8)]
         texts = [render(tokenizer, HELLO, prompt=True, **json.loads(self.args.template_kwargs))]
         texts += TROUBLE + [tokenizer.decode(ids, skip_special_tokens=True) for ids in places]
@@ -2569,8 +2584,9 @@ class ServerTeacher(Server):
             theirs, logprobs = choice.get("prompt_token_ids"), choice.get("prompt_logprobs")
             if theirs and theirs != ours:
                 raise UsageError(
-                    f"{self.args.api_model} on {self.base_url} reads {text!r} as {theirs[:9]}, the "
-                    f"student as {ours[:9]}: two vocabularies are for sequence_level.py"
+                    f"{self.args.api_model} on {self.base_url} reads {text!r} as {theirs[:9]}, "
+                    f"{self.reader.name} as {ours[:9]}: two vocabularies are for "
+                    "cross_tokenizer.py, whose --teacher has those of the server"
                 )
             if not theirs or len((logprobs or [()])[-1]) < min(self.top, size):
                 raise UsageError(f"{self.base_url} {needs}")
@@ -2606,7 +2622,8 @@ class RolloutServer(ServerTeacher):
         own = {"api_base_url": args.rollout_url, "api_model": None, "api_top_logprobs": 0}
         many = args.generation_batch_size
         super().__init__(dataclasses.replace(args, api_concurrency=many, **own), student)
-        self.directory, self.texts = Path(args.rollout_weights).resolve(), []
+        self.student, self.texts = student, []
+        self.directory = Path(args.rollout_weights).resolve()
 
     def publish(self, prompts: list[list[int]]) -> None:
         """Give the server the present weights, in `evaluating()`; the student's answers to these
@@ -2747,6 +2764,9 @@ class TopLogprobs:
         # Rounding has changed the sum, without which a divergence could be negative.
         logprobs = logprobs.view(torch.float16).float().log_softmax(-1)
         return TopLogprobs(ids.view(torch.int32).long(), logprobs)
+
+    def __getitem__(self, rows: Any) -> TopLogprobs:
+        return TopLogprobs(self.ids[rows], self.logprobs[rows])
 
     def cast(self) -> TopLogprobs:
         """Itself: there is no head to convert."""
@@ -3061,9 +3081,9 @@ class Evaluator:
             self.examples, lambda e: max(len(e.student.ids), len(e.teacher.ids))
         )
         tallies = {e.index: self._answer_tally(e.index, greedy[e.index]) for e in self.examples}
-        if pair.has_weights or self.comparable:
+        if isinstance(teacher, LanguageModel | ServerTeacher):
             states = TeacherHiddenStates(teacher, examples, "evaluation text")
-            head, reader = teacher.head(), teacher if pair.has_weights else pair.student
+            head, reader = teacher.head(), pair.readers[-1]
             self.teacher_logits = [teacher_logits(states(b).cpu(), head) for b in self.batches]
             for batch, logits in zip(self.batches, self.teacher_logits, strict=True):
                 self._add_likelihoods(tallies, batch, reader, logits, logits)
@@ -3139,10 +3159,10 @@ def compare(
         logprobs = log_softmax_with_temperature(student[rows])
         values = {"logprob": logprobs.gather(1, targets[rows, None])[:, 0]}
         if isinstance(teacher, TopLogprobs):
-            best = teacher.logprobs[rows, :-1].argmax(-1, keepdim=True)
-            best = teacher.ids[rows].gather(1, best)[:, 0]
+            theirs = teacher[rows]
+            best = theirs.ids.gather(1, theirs.logprobs[:, :-1].argmax(-1, keepdim=True))[:, 0]
             values["agree"] = (logprobs.argmax(-1) == best).float()
-            both = outcomes(logprobs, teacher.ids[rows], teacher.logprobs[rows])[:2]
+            both = outcomes(logprobs, theirs.ids, theirs.logprobs)[:2]
             values["kl"], _ = divergence(*both, Objective())
         elif teacher is not None:
             theirs = log_softmax_with_temperature(teacher[rows])

@@ -38,8 +38,7 @@ distillation via approximate likelihood matching" (spans of equal text; hybrid d
 instead of comparing likelihoods of whole spans, it conditions a model that is inside a token).
 
     python cross_tokenizer.py
-    python cross_tokenizer.py --loss uld
-    python cross_tokenizer.py --ce-weight 0.5
+    python cross_tokenizer.py --loss uld --ce-weight 0.5
 """
 
 from __future__ import annotations
@@ -50,18 +49,20 @@ import json
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import common
-from common import Batch, CommonArguments, Example, Head, LanguageModel, Logits, Pair, flag
+from common import Batch, CommonArguments, Example, Head, LanguageModel, Pair, TopLogprobs, flag
+from common import softmax_with_temperature as softmax
 
 
 @dataclass
 class Arguments(CommonArguments):
+    two_tokenizers: ClassVar[bool] = True
     student: str = flag(
         str(common.DATA / "student_other_tokenizer"), "student model: a directory or a hub id"
     )
@@ -76,12 +77,11 @@ class Arguments(CommonArguments):
 
     def objective(self, pair: Pair) -> Objective:
         """The loss and its weights; `UsageError` if --top-k does not fit the vocabularies."""
-        smallest = min(pair, key=lambda model: model.vocabulary)
-        if not 2 <= self.top_k <= smallest.vocabulary:
-            raise common.UsageError(
-                f"--top-k {self.top_k} must be at least 2 and at most {smallest.vocabulary}, the "
-                f"vocabulary of {smallest.name}"
-            )
+        if self.api_base_url and (self.loss, self.temperature) != ("hybrid", 1):
+            raise common.UsageError("--api-base-url needs --loss hybrid and --temperature 1")
+        size = min(model.vocabulary for model in pair.readers)
+        if not 2 <= self.top_k <= size:
+            raise common.UsageError(f"--top-k {self.top_k} must be from 2 to {size}, a vocabulary")
         if self.loss != "uld" and "top_k" in common.changed_flags(self):
             raise common.UsageError("--top-k applies to --loss uld")
         weight = float(self.loss == "uld") if self.ce_weight is None else self.ce_weight
@@ -158,10 +158,8 @@ class Vocabulary:
 
 
 def longest_prefix(token: bytes, known: Container[bytes]) -> bytes:
-    """The longest element of `known` that `token` begins with, or b"".
-
-    A special token has no prefix but itself.
-    """
+    """The longest element of `known` that `token` begins with, or b"". A special token has no
+    prefix but itself."""
     if token.startswith(END):
         return token if token in known else b""
     return next((token[:n] for n in range(len(token), 0, -1) if token[:n] in known), b"")
@@ -333,10 +331,8 @@ UNMATCHED = -1  # nothing to compare: the student learns the token by cross-entr
 
 @dataclass
 class Piece:
-    """A part of a batch whose logits exist at one time.
-
-    Not a NamedTuple, because DDP would move its tensors to the GPU.
-    """
+    """A part of a batch whose logits exist at one time. Not a NamedTuple, because DDP would move
+    its tensors to the GPU."""
 
     rows: slice  # of the student's hidden states
     teacher_rows: slice  # of the teacher's
@@ -349,7 +345,7 @@ class Alignments:
     def __init__(self, examples: Sequence[Example], pair: Pair, objective: Objective) -> None:
         """Align the examples; raises `UsageError` if no two tokens can be compared."""
         self.objective, self.device = objective, pair.student.device
-        self.vocabularies = [Vocabulary(token_bytes(model)) for model in pair]
+        self.vocabularies = [Vocabulary(token_bytes(model)) for model in pair.readers]
         boundaries = {
             (turn.tokens[0][i], turn.tokens[1][j])
             for example in examples
@@ -363,8 +359,8 @@ class Alignments:
         self.pairs = {example.index: self._align(example) for example in examples}
         if not self.totals["compared"]:
             raise common.UsageError(
-                f"no token of {pair.student.name} can be compared with one of {pair.teacher.name}: "
-                "their tokenizers do not give the same text back"
+                f"no token of {pair.student.name} can be compared with one of "
+                f"{pair.readers[1].name}: their tokenizers do not give the same text back"
             )
         self.tables = [[self._table(c, side) for side in (0, 1)] for c in self.contexts]
 
@@ -416,8 +412,9 @@ class Alignments:
         entries = [(i, n) for token, n in context.outcomes[side].items() for i in ids[token]]
         return torch.tensor(entries, dtype=torch.long, device=self.device).view(-1, 2).t()
 
-    def outcomes(self, contexts: list[int], side: int) -> Tensor:
-        """The outcomes of all tokens of the student (side 0) or teacher in P contexts: (P, V)."""
+    def outcomes(self, contexts: list[int], side: int, named: Tensor | None = None) -> Tensor:
+        """The outcomes of all tokens of the student (side 0) or teacher in P contexts: (P, V). With
+        ids `named` (P, K + 1) by a server: those of these and of all other tokens (P, K + 2)."""
         rows = contexts if any(contexts) else [BOUNDARY]  # one row, expanded below
         default = torch.tensor([[self.contexts[c].default[side]] for c in rows])
         size = len(self.vocabularies[side].tokens)
@@ -426,7 +423,13 @@ class Alignments:
         lengths = torch.tensor([table.shape[1] for table in tables])
         ids, outcomes = torch.cat(tables, 1)
         result[common.to_device(torch.repeat_interleave(lengths), self.device), ids] = outcomes
-        return result.expand(len(contexts), -1)
+        result = result.expand(len(contexts), -1)
+        if named is None:
+            return result
+        # Hardly one of the other tokens begins with the bytes that the teacher has read.
+        read = torch.tensor([self.contexts[c].default[0] for c in contexts]) == REMAINDER
+        others = common.to_device(torch.where(read, LEFT_OUT, REMAINDER)[:, None], self.device)
+        return torch.cat([result.gather(1, named), others], 1)
 
     def report(self) -> dict[str, float]:
         """How well the two vocabularies and the texts match."""
@@ -480,19 +483,24 @@ def sum_by_outcome(probabilities: Tensor, outcomes: Tensor, count: int) -> Tenso
     return sums.scatter_add(1, outcomes, probabilities)[:, LEFT_OUT + 1 :]
 
 
-def piece_loss(
-    logits: Tensor, teacher_logits: Tensor, targets: Tensor, pairs: Tensor, alignments: Alignments
-) -> tuple[Tensor, Tensor]:
-    """The objective summed over a piece, and the divergence in it without T².
+def fold(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the student's outcomes that a server did not name to `REMAINDER`, the first of (P, K);
+    where it then has none, nor has the teacher."""
+    named = teacher > 0
+    others = student[:, :1] + (student * ~named)[:, 1:].sum(-1, keepdim=True)
+    student = torch.cat([others, (student * named)[:, 1:]], 1)
+    return student, torch.cat([teacher[:, :1] * (others > 0), teacher[:, 1:]], 1)
 
-    Args:
-        logits, targets: (n, V) and (n,), of the student's rows.
-        teacher_logits: (m, V'), of the teacher's rows.
-        pairs: see `Piece`.
-    """
+
+def piece_loss(
+    logits: Tensor, teacher_logits: Tensor | TopLogprobs, targets: Tensor, pairs: Tensor,
+    alignments: Alignments,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The objective summed over a piece, and the divergence in it without T². `logits` (n, V) and
+    `targets` (n,) are of the student's rows, `teacher_logits` (m, V') of the teacher's."""
     loss, top_k, t, ce_weight = alignments.objective
-    ours = common.softmax_with_temperature(logits, t)
-    theirs = common.softmax_with_temperature(teacher_logits, t)
+    ours, server = softmax(logits, t), isinstance(teacher_logits, TopLogprobs)
+    theirs = teacher_logits.logprobs.exp() if server else softmax(teacher_logits, t)
     divergence = logits.new_zeros(())
     for group in (pairs[pairs[:, 2] == BOUNDARY], pairs[pairs[:, 2] > BOUNDARY]):
         rows = common.to_device(group[:, :2], logits.device)
@@ -503,7 +511,10 @@ def piece_loss(
             contexts = group[:, 2].tolist()
             count = max((alignments.contexts[c].count for c in contexts), default=1)
             student = sum_by_outcome(student, alignments.outcomes(contexts, 0), count)
-            teacher = sum_by_outcome(teacher, alignments.outcomes(contexts, 1), count)
+            named = teacher_logits.ids[rows[:, 1]] if server else None
+            teacher = sum_by_outcome(teacher, alignments.outcomes(contexts, 1, named), count)
+            if server:
+                student, teacher = fold(student, teacher)
         divergence = divergence + kl(teacher, student)
     total = t**2 * divergence
     unmatched = pairs[pairs[:, 2] == UNMATCHED, 0]
@@ -518,19 +529,18 @@ def piece_loss(
 class CrossTokenizerLoss(nn.Module):
     """The student and its loss in one `forward`, through which gradients are synchronised."""
 
-    def __init__(self, student: LanguageModel, teacher_head: Head, alignments: Alignments) -> None:
+    def __init__(self, student: LanguageModel, head: Head | None, alignments: Alignments) -> None:
         super().__init__()
         self.trained = student.model  # registers its parameters
-        self.student, self.teacher_head, self.alignments = student, teacher_head, alignments
+        self.student, self.teacher_head, self.alignments = student, head, alignments
 
     def forward(
         self, batch: Batch, teacher_hidden: Tensor, pieces: list[Piece]
     ) -> tuple[Tensor, Tensor]:
-        """Loss summed over the batch's N targets, and the sums (2,) of loss and divergence.
-
-        `teacher_hidden` (M, d) are the teacher's hidden states at its own M targets of the text.
-        """
-        student, teacher = self.student.logits(batch), Logits(teacher_hidden, self.teacher_head)
+        """Loss summed over the batch's N targets, and the sums (2,) of loss and divergence. Of the
+        teacher: its hidden states (M, d) at its own M targets, or what a server says of them."""
+        student = self.student.logits(batch)
+        teacher = common.teacher_logits(teacher_hidden, self.teacher_head)
         rows = [
             (p.rows, p.teacher_rows, (batch.targets[p.rows], p.pairs, self.alignments))
             for p in pieces
@@ -539,7 +549,7 @@ class CrossTokenizerLoss(nn.Module):
 
 
 def loss_and_gradient(
-    logits: Tensor, teacher_logits: Tensor, inputs: tuple[Tensor, Tensor, Alignments]
+    logits: Tensor, teacher_logits: Tensor | TopLogprobs, inputs: tuple[Tensor, Tensor, Alignments]
 ) -> tuple[Tensor, Tensor]:
     """Sums (2,) of `piece_loss`, and the gradient of the first: see `common.chunked_loss`."""
     with torch.enable_grad():
@@ -550,11 +560,6 @@ def loss_and_gradient(
 
 
 def main(args: Arguments) -> None:
-    if args.api_base_url:
-        raise common.UsageError(
-            "--api-base-url: cross_tokenizer.py needs the teacher's weights; sequence_level.py "
-            "takes text from a server, for any tokenizer"
-        )
     accelerator = common.start("cross_tokenizer", args)
     train, held_out = common.load_data(args)
     student, teacher = pair = common.load_pair(args, accelerator.device)
@@ -567,7 +572,7 @@ def main(args: Arguments) -> None:
     accelerator.print(alignments.summary(examples[0]))
     evaluator = common.Evaluator(evaluation, pair, args)
     teacher_hidden = common.TeacherHiddenStates(teacher, examples, "training text")
-    if args.cache_teacher:
+    if args.cache_teacher and pair.has_weights:
         teacher.unload()  # its head and hidden states are all that training needs
     run = common.Run("cross_tokenizer", args, accelerator, evaluator)
 

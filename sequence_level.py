@@ -256,7 +256,7 @@ class ApiTeacher(common.Server):
         if reason not in FINISHED | CUT or (message.get("refusal") and not text):
             return Completion(self.scrubbed(f"{reason}: {json.dumps(message)}"), None, 0, None)
         if not isinstance(length, int):
-            length = len(common.tokenize(self.student.tokenizer, text)[0])
+            length = len(common.tokenize(self.reader.tokenizer, text)[0])
         return Completion(text, reason in FINISHED, length, None)
 
 

@@ -15,6 +15,7 @@ from conftest import run_script, wait_for
 from forked import ForkedScript, run_forked
 from safetensors.torch import load_file
 from test_alignment import SPECIAL, TEXTS, as_example, byte_level, example, wrapped
+from test_server_teacher import top_of
 from torch import Tensor
 
 import common
@@ -150,9 +151,27 @@ def starts_of(examples: list[Example], spelled: Spelled) -> list[tuple[bytes, by
 
 
 def plain_hybrid(
-    ours: Tensor, theirs: Tensor, example: Example, spelled: Spelled, named: list[bytes]
-) -> tuple[Tensor, set[int]]:
-    """The script's docstring computed with dictionaries; and the student's tokens compared."""
+    ours: Tensor, theirs: Tensor, example: Example, spelled: Spelled, named: list[bytes],
+    told: list[list[int]] | None = None,
+) -> tuple[Tensor, set[int]]:  # fmt: skip
+    """The script's docstring computed with dictionaries; and the student's tokens compared.
+
+    With `told`, the ids that a server names at each of the teacher's positions, all outcomes that
+    it does not name are b"".
+    """
+
+    def of_teacher(j: int, names: list[object]) -> dict[object, Tensor]:
+        ids = range(len(names)) if told is None else told[j]
+        return summed(theirs[j][ids], [names[i] for i in ids])
+
+    def with_others(target: dict, dist: dict, j: int) -> tuple[dict, dict]:
+        if told is None:
+            return target, dist
+        if len(told[j]) < len(theirs[j]):
+            target = target | {b"": target.get(b"", 0) + 1 - theirs[j][told[j]].sum()}
+        dist = summed(list(dist.values()), [n if n in target else b"" for n in dist])
+        return {n: p for n, p in target.items() if n in dist}, dist
+
     pieces, begins = tokens_and_places(example, spelled)
     classes = [[begun_by(t, named) for t in side] for side in spelled]
     total, compared = torch.zeros((), dtype=torch.float64), set()
@@ -163,14 +182,15 @@ def plain_hybrid(
         if not read and not its:
             if begun_by(token, named) == begun_by(other, named) != b"":
                 dist = summed(ours[i], classes[0])
-                target = {n: p for n, p in summed(theirs[j], classes[1]).items() if n in dist}
+                target = {n: p for n, p in of_teacher(j, classes[1]).items() if n in dist}
+                target, dist = with_others(target, dist, j)
                 whole = sum(target.values())
                 total = total + xlogy_sum({n: p / whole for n, p in target.items()}, dist)
                 compared.add(i)
         elif its:
             names = goes_on(spelled[1], spelled[0], other[:its])
             if begun_by(other[its:], spelled[0]) == token:
-                inside = summed(theirs[j], names)
+                inside = of_teacher(j, names)
                 whole = sum(inside.values())
                 target = {name: p / whole for name, p in inside.items()}
                 dist = summed(ours[i], [t if t in target and t else b"" for t in spelled[0]])
@@ -182,17 +202,22 @@ def plain_hybrid(
                 inside = summed(ours[i], names)
                 whole = sum(inside.values())
                 dist = {name: p / whole for name, p in inside.items()}
-                target = summed(theirs[j], [t if t in dist and t else b"" for t in spelled[1]])
+                target = of_teacher(j, [t if t in dist and t else b"" for t in spelled[1]])
                 target = {name: p for name, p in target.items() if name in dist}
+                target, dist = with_others(target, dist, j)
                 whole = sum(target.values())
                 total = total + xlogy_sum({n: p / whole for n, p in target.items()}, dist)
     return total, compared
 
 
 @pytest.mark.parametrize("student_is", ["finer", "coarser"])
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
-def test_hybrid_is_its_definition(coarse_and_fine, student_is, temperature, monkeypatch):
-    """Value and gradients, in pieces of 11 tokens, against autograd over whole arrays."""
+@pytest.mark.parametrize(
+    ("temperature", "top_k"),
+    [(0.7, None), (1.0, None), (3.0, None), (1.0, 2), (1.0, 30), (1.0, 600)],
+)
+def test_hybrid_is_its_definition(coarse_and_fine, student_is, temperature, top_k, monkeypatch):
+    """Value and gradients, in pieces of 11 tokens, against autograd over whole arrays; also from a
+    server's K log-probabilities, which with K = V are the whole distribution."""
     teacher, student = coarse_and_fine if student_is == "finer" else coarse_and_fine[::-1]
     texts = TEXTS[1], TEXTS[9], "abc 2024"
     examples = [example(student, teacher, text, i) for i, text in enumerate(texts)]
@@ -202,7 +227,15 @@ def test_hybrid_is_its_definition(coarse_and_fine, student_is, temperature, monk
     hidden, head = random_side(student, counts[0], 0)
     theirs, teacher_head = random_side(teacher, counts[1], 1)
     monkeypatch.setattr(common, "chunks", pieces_of(11))
-    found = value_and_gradients(hidden, head, alignments, examples, theirs, teacher_head)
+    whole = value_and_gradients(hidden, head, alignments, examples, theirs, teacher_head)
+    found, told = whole, None
+    if top_k:
+        ids = torch.tensor([e.teacher.ids[p] for e in examples for p in e.teacher.targets])
+        top = top_of(teacher_head.logits(theirs), ids, min(top_k, teacher.vocabulary))
+        known = top.logprobs[:, :-1] > common.ABSENT
+        told = [row[mask].tolist() for row, mask in zip(top.ids, known, strict=True)]
+        monkeypatch.setattr(common, "teacher_logits", lambda *_: top)
+        found = value_and_gradients(hidden, head, alignments, examples, theirs, None)
 
     leaves = [t.clone().requires_grad_() for t in (hidden, head.weight, head.bias)]
     plain = head._replace(weight=leaves[1], bias=leaves[2])
@@ -217,7 +250,7 @@ def test_hybrid_is_its_definition(coarse_and_fine, student_is, temperature, monk
     for e in examples:
         (ids, targets), its = e.student, len(e.teacher.targets)
         parts = ours[n : n + len(targets)], taught[m : m + its]
-        value, compared = plain_hybrid(*parts, e, spelled, named)
+        value, compared = plain_hybrid(*parts, e, spelled, named, told and told[m : m + its])
         divergence = divergence + value
         for k, p in enumerate(targets):
             nats = -likely[n + k, ids[p]].log()
@@ -233,6 +266,7 @@ def test_hybrid_is_its_definition(coarse_and_fine, student_is, temperature, monk
     torch.testing.assert_close(found[0], torch.stack([loss, divergence]).detach())
     for gradient, leaf in zip(found[1:], leaves, strict=True):
         torch.testing.assert_close(gradient, leaf.grad)
+    assert found[0].allclose(whole[0]) == (top_k in (None, 600))
 
 
 def test_shared_prefixes():
@@ -543,7 +577,7 @@ def test_top_k_must_fit(workplace):
     flags = "--loss", "uld", "--top-k", "401"
     done = run_forked("cross_tokenizer.py", *flags, cwd=workplace)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "--top-k 401 must be at least 2 and at most 400" in done.stderr
+    assert "--top-k 401 must be from 2 to 400" in done.stderr
     assert "student_other_tokenizer" in done.stderr and done.stderr.count("\n") == 1
     sides = [SimpleNamespace(vocabulary=size, name=f"model {size}") for size in (400, 300)]
     for top_k, fits in ((1, False), (2, True), (300, True), (301, False)):
