@@ -35,6 +35,9 @@ def test_training_steps_on_a_gpu(tmp_path: Path, emulation: Emulation, script: s
         ("mm", single, "float32"),  # a few tokens, when a model is loaded
     }
     assert products["mm.dtype", half, "float32"] > 4 * products["mm", single, "float32"]
+    rounded = {line for p in found["products"] if p["output"] == "bfloat16" for line in p["lines"]}
+    layers = ("backbone", "check_head", "backward pass")  # no product of the loss is among them
+    assert all(any(name in line for name in layers) for line in rounded), rounded
 
     waiting = {sync["line"] for sync in found["syncs"]}
     inside = ("chunked_loss", "forward", "gradient_of_piece", "divergence", "loss", "collate")

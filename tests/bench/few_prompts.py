@@ -1,4 +1,4 @@
-"""The methods on one budget of steps, with few and with many training prompts.
+"""The methods on one budget of steps, with few and with many training prompts, and what to do next.
 
     python tests/bench/few_prompts.py [--prompts 640 2560] [--seeds 1] [--steps 600] [--jobs 1]
 
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import pandas
 
 ROOT = Path(__file__).resolve().parents[2]
+GENTLY = ["--learning-rate", "5e-4"]
 METHODS = {
     "gold labels": ["tests/bench/gold_labels.py"],
     "sequence level": ["sequence_level.py"],
@@ -32,7 +33,14 @@ METHODS = {
     "on-policy, --kl reverse --mix 1": ["on_policy.py", "--mix", "1"],
     "on-policy, --kl forward --mix 0.5": ["on_policy.py", "--kl", "forward"],
     "on-policy, --kl forward --mix 1": ["on_policy.py", "--kl", "forward", "--mix", "1"],
+    # As many steps more of the student that "token level" made of the same prompts.
+    "token level, then more of it": ["token_level.py", *GENTLY],
+    "token level, then --kl reverse --mix 0.5": ["on_policy.py", *GENTLY],
+    "token level, then --kl forward --mix 1": [
+        "on_policy.py", "--kl", "forward", "--mix", "1", *GENTLY
+    ],
 }  # fmt: skip
+FIRST = "token level"
 SCORES = ["exact_match", "error_rate", "kl_to_teacher"]
 
 
@@ -54,6 +62,10 @@ def finish(run: Run, args: argparse.Namespace) -> None:
         "--eval-size": 2000, "--eval-steps": 0, "--output-dir": run.directory,
         "--cache-dir": args.output_dir / "cache",
     }  # fmt: skip
+    if "then" in run.method:
+        first = list(METHODS).index(FIRST)
+        name = f"{first}-{run.prompts}-{args.steps}-{run.seed}"
+        flags["--student"] = args.output_dir / name / "final"
     words = [str(word) for pair in flags.items() for word in pair]
     resume = "--resume" if any(run.directory.glob("checkpoints/*/state.json")) else "--overwrite"
     script, *more = METHODS[run.method]
@@ -94,6 +106,8 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/few_prompts"))
     parser.add_argument("--figure", type=Path, default=ROOT / "data" / "few_prompts.png")
     args = parser.parse_args()
+    if FIRST not in args.methods and any("then" in method for method in args.methods):
+        parser.error(f"what comes then needs the method {FIRST!r}, too")
     runs = [
         Run(method, prompts, seed, args.output_dir / f"{number}-{prompts}-{args.steps}-{seed}")
         for seed in range(args.seeds)
@@ -104,7 +118,9 @@ def main() -> None:
     left = sum(not (run.directory / "results.json").exists() for run in runs)
     print(f"{left} of {len(runs)} runs are left", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda run: finish(run, args), runs))
+        for later in (False, True):
+            part = [run for run in runs if ("then" in run.method) == later]
+            list(pool.map(lambda run: finish(run, args), part))
 
     rows = []
     for run in runs:
