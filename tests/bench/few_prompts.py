@@ -126,7 +126,8 @@ def main() -> None:
     for run in runs:
         results = json.loads((run.directory / "results.json").read_text(encoding="utf-8"))
         rows.append({"method": run.method, "prompts": run.prompts, **results["after"]})
-    rows.append({"method": "the student before", "prompts": 0, **results["before"]})
+    start = json.loads((runs[0].directory / "results.json").read_text(encoding="utf-8"))
+    rows.append({"method": "the student before", "prompts": 0, **start["before"]})
     rows.append({"method": "the teacher", "prompts": 0, **results["teacher"]})
     table = pandas.DataFrame(rows)
     means = table.groupby(["prompts", "method"], sort=False)[SCORES].mean()
