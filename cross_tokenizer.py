@@ -79,9 +79,10 @@ class Arguments(CommonArguments):
         """The loss and its weights; `UsageError` if --top-k does not fit the vocabularies."""
         if self.api_base_url and (self.loss, self.temperature) != ("hybrid", 1):
             raise common.UsageError("--api-base-url needs --loss hybrid and --temperature 1")
-        size = min(model.vocabulary for model in pair.readers)
-        if not 2 <= self.top_k <= size:
-            raise common.UsageError(f"--top-k {self.top_k} must be from 2 to {size}, a vocabulary")
+        smallest = min(pair.readers, key=lambda model: model.vocabulary)
+        if not 2 <= self.top_k <= smallest.vocabulary:
+            limits = f"from 2 to {smallest.vocabulary}, the vocabulary of {smallest.name}"
+            raise common.UsageError(f"--top-k {self.top_k} must be {limits}")
         if self.loss != "uld" and "top_k" in common.changed_flags(self):
             raise common.UsageError("--top-k applies to --loss uld")
         weight = float(self.loss == "uld") if self.ce_weight is None else self.ce_weight

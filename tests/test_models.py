@@ -90,7 +90,7 @@ def test_compiled_layers_give_the_same_gradient():
     compiled, _ = embedded(compile=True, gradient_checkpointing=True)
     plain, fast = loss_and_gradient(student, teacher), loss_and_gradient(compiled, teacher)
     torch.testing.assert_close(fast[0], plain[0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(fast[1], plain[1], rtol=1e-4, atol=1e-5)
+    assert (fast[1] - plain[1]).norm() < 1e-5 * plain[1].norm()  # 1e-6 is float32's rounding
     settings = {"max_new_tokens": 8, "temperature": 0.0}
     before = counters["stats"]["unique_graphs"]
     assert before

@@ -614,7 +614,7 @@ def test_what_the_rest_can_have():
     tokenizer = byte_tokenizer()
     student = language_model(llama(tokenizer), tokenizer, "student")
     teacher = object.__new__(common.ServerTeacher)
-    teacher.student = student
+    teacher.reader = student
 
     def rest(*probabilities: float, k: int) -> float:
         given = {str(i): {"logprob": math.log(p)} for i, p in enumerate(probabilities)}
