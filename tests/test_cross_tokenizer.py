@@ -580,10 +580,11 @@ def test_top_k_must_fit(workplace):
     assert "--top-k 401 must be from 2 to 400" in done.stderr
     assert "student_other_tokenizer" in done.stderr and done.stderr.count("\n") == 1
     sides = [SimpleNamespace(vocabulary=size, name=f"model {size}") for size in (400, 300)]
+    pair = SimpleNamespace(readers=sides)
     for top_k, fits in ((1, False), (2, True), (300, True), (301, False)):
         args = cross_tokenizer.Arguments(loss="uld", top_k=top_k)
         if fits:
-            assert args.objective(Pair(*sides)) == Objective("uld", top_k, 1.0, 1.0)
+            assert args.objective(pair) == Objective("uld", top_k, 1.0, 1.0)
         else:
             with pytest.raises(common.UsageError, match=f"{top_k} must .* 300, the .* model 300"):
-                args.objective(Pair(*sides))
+                args.objective(pair)
