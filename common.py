@@ -148,7 +148,7 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 class CommonArguments:
     """The flags that mean the same thing in every script."""
 
-    two_tokenizers: ClassVar[bool] = False  # of the student and of a teacher on a server
+    two_tokenizers: ClassVar[bool] = False  # whether a teacher on a server has that of --teacher
 
     teacher: str = flag(str(DATA / "teacher"), "teacher model: a directory or a hub id")
     student: str = flag(str(DATA / "student"), "student model: a directory or a hub id")
@@ -989,8 +989,8 @@ class Pair(NamedTuple):
 
     @property
     def readers(self) -> list[LanguageModel]:
-        """The student, and the model in whose tokens the teacher reads: itself, or for a server
-        one without weights, if they are not the student's."""
+        """The models whose tokenizers are used: the student, and the teacher or, for a server that
+        does not read the student's tokens, a model without its weights."""
         if self.has_weights:
             return [self.student, self.teacher]
         reader = getattr(self.teacher, "reader", self.student)

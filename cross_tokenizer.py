@@ -24,18 +24,18 @@ common outcomes, and takes the KL between the two distributions over the outcome
 over the N target tokens of the student in a batch. KL is KL(teacher ‖ student), T is --temperature,
 w is --ce-weight. If one tokenizer only ever splits tokens of the other, then by the chain rule the
 first two cases add up to the KL between distributions over whole tokens. With one vocabulary only
-the first case occurs, and the loss is token_level.py's forward KL.
+the first case occurs, and the loss is token_level.py's forward KL. A server (--api-base-url) names
+the teacher's most likely tokens; all outcomes that it does not name become one with "stop".
 
 --loss uld is KL(teacher ‖ student) at temperature T between the K highest probabilities of both
 models, each list sorted and renormalised. A token of the student is compared with the teacher's
-token that begins nearest in the text. Sorting discards which token has which probability, so
-cross-entropy on the text is added (w = 1).
+token that begins nearest in the text. Sorting loses the tokens, so cross-entropy is added (w = 1).
 
 Boizard et al. 2024, "Towards cross-tokenizer distillation: the universal logit distillation loss"
 (uld; departures: KL of the top K instead of the L1 distance of whole sorted vocabularies; tokens
 matched by their place in the text instead of their index). Minixhofer et al. 2025, "Cross-tokenizer
-distillation via approximate likelihood matching" (spans of equal text; hybrid departs from it:
-instead of comparing likelihoods of whole spans, it conditions a model that is inside a token).
+distillation via approximate likelihood matching" (spans of equal text; hybrid conditions a model
+that is inside a token instead of comparing likelihoods of spans).
 
     python cross_tokenizer.py
     python cross_tokenizer.py --loss uld --ce-weight 0.5
@@ -427,7 +427,7 @@ class Alignments:
         result = result.expand(len(contexts), -1)
         if named is None:
             return result
-        # Hardly one of the other tokens begins with the bytes that the teacher has read.
+        # If the teacher is inside a token: hardly any other token begins with what it has read.
         read = torch.tensor([self.contexts[c].default[0] for c in contexts]) == REMAINDER
         others = common.to_device(torch.where(read, LEFT_OUT, REMAINDER)[:, None], self.device)
         return torch.cat([result.gather(1, named), others], 1)
@@ -485,8 +485,8 @@ def sum_by_outcome(probabilities: Tensor, outcomes: Tensor, count: int) -> Tenso
 
 
 def fold(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Add the student's outcomes that a server did not name to `REMAINDER`, the first of (P, K);
-    where it then has none, nor has the teacher."""
+    """Move the student's probability of outcomes that a server did not name to `REMAINDER`, the
+    first of (P, K). Where that stays 0, the student has no such outcome, and the teacher's is 0."""
     named = teacher > 0
     others = student[:, :1] + (student * ~named)[:, 1:].sum(-1, keepdim=True)
     student = torch.cat([others, (student * named)[:, 1:]], 1)

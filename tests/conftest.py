@@ -195,3 +195,17 @@ def tiny(tokenizer):
         return language_model(model, tokenizer, f"{kind}-{seed}")
 
     return make
+
+
+def top_of(teacher_logits: torch.Tensor, targets: torch.Tensor, k: int) -> common.TopLogprobs:
+    """What a server would say, in the precision of the logits and with its entries in any order."""
+    logprobs, rows = teacher_logits.log_softmax(-1), []
+    for row, target in zip(logprobs, targets.tolist(), strict=True):
+        named = [target, *(i for i in row.topk(k).indices.tolist() if i != target)]
+        others = [i for i in range(len(row)) if i not in named]
+        absent = k + 1 - len(named)
+        values = [*row[named].tolist(), *[common.ABSENT] * absent]
+        values.append(row[others].logsumexp(-1).item() if others else common.ABSENT)
+        rows.append(([*named, *[target] * absent], values))
+    ids, values = zip(*rows, strict=True)
+    return common.TopLogprobs(torch.tensor(ids), torch.tensor(values, dtype=logprobs.dtype))

@@ -11,11 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_script, wait_for
+from conftest import run_script, top_of, wait_for
 from forked import ForkedScript, run_forked
 from safetensors.torch import load_file
 from test_alignment import SPECIAL, TEXTS, as_example, byte_level, example, wrapped
-from test_server_teacher import top_of
 from torch import Tensor
 
 import common

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from byte_models import byte_tokenizer, llama, small_run, word_tokenizer, write, write_rows
-from conftest import language_model, run_in_process, wait_for
+from conftest import language_model, run_in_process, top_of, wait_for
 from forked import ForkedScript
 from test_divergences import plain_divergence, random_heads, small_chunks
 from torch import Tensor
@@ -37,20 +37,6 @@ OBJECTIVES = [
 
 
 # ------------------------------------------------------------------------------------ the loss
-
-
-def top_of(teacher_logits: Tensor, targets: Tensor, k: int) -> TopLogprobs:
-    """What a server would say, in the precision of the logits and with its entries in any order."""
-    logprobs, rows = teacher_logits.log_softmax(-1), []
-    for row, target in zip(logprobs, targets.tolist(), strict=True):
-        named = [target, *(i for i in row.topk(k).indices.tolist() if i != target)]
-        others = [i for i in range(len(row)) if i not in named]
-        absent = k + 1 - len(named)
-        values = [*row[named].tolist(), *[common.ABSENT] * absent]
-        values.append(row[others].logsumexp(-1).item() if others else common.ABSENT)
-        rows.append(([*named, *[target] * absent], values))
-    ids, values = (torch.tensor(part) for part in zip(*rows, strict=True))
-    return TopLogprobs(ids, torch.tensor([r[1] for r in rows], dtype=logprobs.dtype))
 
 
 def plain_top_loss(

@@ -28,7 +28,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import sql  # beside this file
+import sql  # beside this file, as cross_seeds
+from cross_seeds import DRAWS, rates
 from sql import Job
 
 import common
@@ -45,7 +46,6 @@ LOSSES = {
     "GOLD, hybrid": [PUBLISHED, "--loss", "gold"],
     "GOLD, hybrid + CE": [PUBLISHED, "--loss", "gold", "--ce-weight", "1"],
 }
-DRAWS = 2000
 
 
 def make_job(args: argparse.Namespace, loss: str, rate: str, seed: int) -> Job:
@@ -71,11 +71,6 @@ def columns(job: Job) -> Tensor:
         edits, length = min((common.edit_distance(words, r), len(r)) for r in references)
         rows.append((answer["right"]["after"], edits, length))
     return torch.tensor(rows, dtype=torch.float64)
-
-
-def rates(sums: Tensor, prompts: int) -> Tensor:
-    """(..., 3) sums to (..., 2): exact match and error rate."""
-    return torch.stack([sums[..., 0] / prompts, sums[..., 1] / sums[..., 2]], -1)
 
 
 def spread(values: list[float], form: Callable[[float], str]) -> str:

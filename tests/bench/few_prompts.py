@@ -21,6 +21,7 @@ from typing import NamedTuple
 import pandas
 
 ROOT = Path(__file__).resolve().parents[2]
+FIRST, AFTER = "token level", "token level, then "
 GENTLY = ["--learning-rate", "5e-4"]
 METHODS = {
     "gold labels": ["tests/bench/gold_labels.py"],
@@ -34,13 +35,12 @@ METHODS = {
     "on-policy, --kl forward --mix 0.5": ["on_policy.py", "--kl", "forward"],
     "on-policy, --kl forward --mix 1": ["on_policy.py", "--kl", "forward", "--mix", "1"],
     # As many steps more of the student that "token level" made of the same prompts.
-    "token level, then more of it": ["token_level.py", *GENTLY],
-    "token level, then --kl reverse --mix 0.5": ["on_policy.py", *GENTLY],
-    "token level, then --kl forward --mix 1": [
+    f"{AFTER}more of it": ["token_level.py", *GENTLY],
+    f"{AFTER}--kl reverse --mix 0.5": ["on_policy.py", *GENTLY],
+    f"{AFTER}--kl forward --mix 1": [
         "on_policy.py", "--kl", "forward", "--mix", "1", *GENTLY
     ],
 }  # fmt: skip
-FIRST = "token level"
 SCORES = ["exact_match", "error_rate", "kl_to_teacher"]
 
 
@@ -62,7 +62,7 @@ def finish(run: Run, args: argparse.Namespace) -> None:
         "--eval-size": 2000, "--eval-steps": 0, "--output-dir": run.directory,
         "--cache-dir": args.output_dir / "cache",
     }  # fmt: skip
-    if "then" in run.method:
+    if run.method.startswith(AFTER):
         first = list(METHODS).index(FIRST)
         name = f"{first}-{run.prompts}-{args.steps}-{run.seed}"
         flags["--student"] = args.output_dir / name / "final"
@@ -106,8 +106,8 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/few_prompts"))
     parser.add_argument("--figure", type=Path, default=ROOT / "data" / "few_prompts.png")
     args = parser.parse_args()
-    if FIRST not in args.methods and any("then" in method for method in args.methods):
-        parser.error(f"what comes then needs the method {FIRST!r}, too")
+    if FIRST not in args.methods and any(m.startswith(AFTER) for m in args.methods):
+        parser.error(f"{AFTER!r}... needs the method {FIRST!r}, too")
     runs = [
         Run(method, prompts, seed, args.output_dir / f"{number}-{prompts}-{args.steps}-{seed}")
         for seed in range(args.seeds)
@@ -119,7 +119,7 @@ def main() -> None:
     print(f"{left} of {len(runs)} runs are left", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         for later in (False, True):
-            part = [run for run in runs if ("then" in run.method) == later]
+            part = [run for run in runs if run.method.startswith(AFTER) == later]
             list(pool.map(lambda run: finish(run, args), part))
 
     rows = []
