@@ -409,6 +409,22 @@ def test_top_p_keeps_the_smallest_sufficient_set(top_p: float, kept: int):
     assert chi_square(counts[nucleus], expected) < 4 + 4 * math.sqrt(8)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_top_p_of_a_large_vocabulary(wide: bool):
+    """The same tokens as from sorting all, whether a thousand are enough in every row or not."""
+    torch.manual_seed(0)
+    logits = torch.randn(300, 6000) * torch.linspace(0 if wide else 4, 6, 300)[:, None]
+    draws = common.uniforms([5], 300)[0]
+    probabilities, order = logits.softmax(-1).sort(-1, descending=True)
+    sizes = (probabilities.cumsum(-1) < 0.9).sum(-1) + 1  # of each nucleus
+    assert (sizes.max() > 1024) == wide and sizes.min() < 20
+    nucleus = torch.arange(6000) < sizes[:, None]
+    mass = (probabilities.double() * nucleus).cumsum(-1)
+    places = (mass <= draws[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
+    expected = order.gather(1, places)[:, 0]
+    assert common.sample(logits, draws, 1.0, 0.9).tolist() == expected.tolist()
+
+
 def test_top_p_is_taken_at_the_sampling_temperature():
     """The nucleus of softmax(logits / T), not of softmax(logits)."""
     probabilities = torch.tensor([0.6, 0.3, 0.1])

@@ -2,15 +2,20 @@
 
     python tests/bench/few_prompts.py [--prompts 640 2560] [--seeds 1] [--steps 600] [--jobs 1]
 
-Prints the scores on 2000 held-out words, as means over the seeds, and draws them against the number
-of prompts, with a band from the lowest to the highest seed: --figure, data/few_prompts.png. A run
-takes one to four minutes on two cores; the bench says beforehand how many runs are left. Finished
-runs are not run again, and a run that was cut is resumed.
+Prints the scores on 2000 held-out words, as means over the seeds with the lowest and the highest,
+and draws them against the number of prompts, with a band for the seeds: --figure. A run takes one
+to four minutes on two cores; the bench says beforehand how many runs are left. Finished runs are
+not run again, and a run that was cut is resumed.
+
+With --equal-seconds every method trains as long as token level needs for its --steps, on hidden
+states from the cache. The seconds of a step are measured first, in short runs of each method, one
+after the other; they count neither the teacher's text nor evaluation.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -29,7 +34,10 @@ METHODS = {
     "sequence level, 4 samples a prompt": [
         "sequence_level.py", "--samples-per-prompt", "4", "--temperature", "1"
     ],
+    "sequence level, --temperature 1": ["sequence_level.py", "--temperature", "1"],
     "token level": ["token_level.py"],
+    "token level, --kl reverse": ["token_level.py", "--kl", "reverse"],
+    "cross-tokenizer (other student)": ["cross_tokenizer.py"],
     "on-policy, --kl reverse --mix 0.5": ["on_policy.py"],
     "on-policy, --kl reverse --mix 1": ["on_policy.py", "--mix", "1"],
     "on-policy, --kl forward --mix 0.5": ["on_policy.py", "--kl", "forward"],
@@ -50,16 +58,17 @@ class Run(NamedTuple):
     method: str
     prompts: int
     seed: int
+    steps: int
     directory: Path
 
 
-def finish(run: Run, args: argparse.Namespace) -> None:
-    """Run what is not finished."""
+def finish(run: Run, args: argparse.Namespace, words: int = 2000) -> None:
+    """Run what is not finished, and score it on so many held-out words."""
     if (run.directory / "results.json").exists():
         return
     flags = {
-        "--max-rows": run.prompts, "--max-steps": args.steps, "--seed": run.seed,
-        "--eval-size": 2000, "--eval-steps": 0, "--output-dir": run.directory,
+        "--max-rows": run.prompts, "--max-steps": run.steps, "--seed": run.seed,
+        "--eval-size": words, "--eval-steps": 0, "--output-dir": run.directory,
         "--cache-dir": args.output_dir / "cache",
     }  # fmt: skip
     if run.method.startswith(AFTER):
@@ -72,6 +81,17 @@ def finish(run: Run, args: argparse.Namespace) -> None:
     command = [sys.executable, str(ROOT / script), *more, *words, resume]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     print(run.directory, flush=True)
+
+
+def seconds_of_a_step(method: str, args: argparse.Namespace) -> float:
+    """Of training, from runs that differ in nothing but their steps, the fastest of three each."""
+    seconds: dict[int, list[float]] = {20: [], 120: []}
+    for repeat, steps in [(0, 1), *itertools.product(range(3), seconds)]:  # 1: fills the cache
+        directory = args.output_dir / f"speed-{list(METHODS).index(method)}-{steps}-{repeat}"
+        finish(Run(method, max(args.prompts), 0, steps, directory), args, words=16)
+        results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+        seconds.setdefault(steps, []).append(results["seconds"])
+    return (min(seconds[120]) - min(seconds[20])) / 100
 
 
 def draw(table: pandas.DataFrame, target: Path) -> None:
@@ -101,6 +121,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[640, 2560])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--equal-seconds", action="store_true", help="not equal steps")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/few_prompts"))
@@ -108,12 +129,20 @@ def main() -> None:
     args = parser.parse_args()
     if FIRST not in args.methods and any(m.startswith(AFTER) for m in args.methods):
         parser.error(f"{AFTER!r}... needs the method {FIRST!r}, too")
+    steps = dict.fromkeys(args.methods, args.steps)
+    if args.equal_seconds:
+        if any(m.startswith(AFTER) for m in args.methods):
+            parser.error(f"--equal-seconds is not for {AFTER!r}...")
+        speeds = {method: seconds_of_a_step(method, args) for method in {FIRST: 0} | steps}
+        steps = {m: round(args.steps * speeds[FIRST] / speeds[m]) for m in args.methods}
+        print(f"seconds of a step: {speeds}\nsteps: {steps}", flush=True)
     runs = [
-        Run(method, prompts, seed, args.output_dir / f"{number}-{prompts}-{args.steps}-{seed}")
+        Run(method, prompts, seed, steps[method], directory)
         for seed in range(args.seeds)
         for prompts in args.prompts
         for number, method in enumerate(METHODS)
         if method in args.methods
+        for directory in [args.output_dir / f"{number}-{prompts}-{steps[method]}-{seed}"]
     ]
     left = sum(not (run.directory / "results.json").exists() for run in runs)
     print(f"{left} of {len(runs)} runs are left", flush=True)
@@ -130,8 +159,8 @@ def main() -> None:
     rows.append({"method": "the student before", "prompts": 0, **start["before"]})
     rows.append({"method": "the teacher", "prompts": 0, **results["teacher"]})
     table = pandas.DataFrame(rows)
-    means = table.groupby(["prompts", "method"], sort=False)[SCORES].mean()
-    print(means.to_string(float_format="{:.4f}".format))
+    groups = table.groupby(["prompts", "method"], sort=False)[SCORES]
+    print(groups.agg(["mean", "min", "max"]).to_string(float_format="{:.4f}".format))
     draw(table, args.figure)
 
 
