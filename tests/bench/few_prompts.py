@@ -154,12 +154,15 @@ def main() -> None:
     rows = []
     for run in runs:
         results = json.loads((run.directory / "results.json").read_text(encoding="utf-8"))
-        rows.append({"method": run.method, "prompts": run.prompts, **results["after"]})
+        gap = {"gap_recovered": results["gap_recovered"].get("exact_match")}
+        row = {"method": run.method, "prompts": run.prompts, **results["after"], **gap}
+        rows.append(row)
     start = json.loads((runs[0].directory / "results.json").read_text(encoding="utf-8"))
     rows.append({"method": "the student before", "prompts": 0, **start["before"]})
     rows.append({"method": "the teacher", "prompts": 0, **results["teacher"]})
     table = pandas.DataFrame(rows)
-    groups = table.groupby(["prompts", "method"], sort=False)[SCORES]
+    columns = [*SCORES, "gap_recovered"]  # the latter of exact_match
+    groups = table.groupby(["prompts", "method"], sort=False)[columns]
     print(groups.agg(["mean", "min", "max"]).to_string(float_format="{:.4f}".format))
     draw(table, args.figure)
 

@@ -10,9 +10,10 @@ token on disk.
 
 With --seeds it also trains students on --prompts rows of --dataset, answered by the server once
 for each seed: by sequence_level.py, by token_level.py with each K, and by token_level.py with the
-loaded teacher, all on the same text for --steps steps. It prints the `kl_to_teacher` of each, as
-the loaded teacher's whole distribution gives it on its own held-out text. The number of runs that
-are left is printed first; finished runs are not run again.
+loaded teacher, all on the same text for --steps steps; with --on-policy also by on_policy.py, with
+the largest K and with the loaded teacher. It prints the `kl_to_teacher` of each, as the loaded
+teacher's whole distribution gives it on its own held-out text. The number of runs that are left is
+printed first; finished runs are not run again.
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ def trained(flags: argparse.Namespace) -> pandas.DataFrame:
     teacher = ["--teacher", flags.teacher]
     methods = {f"K = {k}": ["token_level.py", *api, "--api-top-logprobs", k] for k in flags.top}
     methods["whole distribution"] = ["token_level.py", *teacher]
+    if flags.on_policy:
+        own = ["on_policy.py", "--kl", "forward", "--mix", 1]
+        most = ["--api-top-logprobs", max(flags.top)]
+        methods["on-policy, largest K"] = [*own, *api, *most]
+        methods["on-policy, whole distribution"] = [*own, *teacher]
     out, table = flags.output_dir, {}
     left = [m for m in ("text", *methods) for s in range(flags.seeds) if not scored(out, m, s)]
     print(f"{len(left)} runs are left", flush=True)
@@ -104,6 +110,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--top", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--seeds", type=int, default=0, help="of trained students; 0: none")
+    parser.add_argument("--on-policy", action="store_true", help="train by on_policy.py too")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--dataset", type=Path, default=ROOT / "data" / "chat.jsonl")
