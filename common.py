@@ -11,7 +11,7 @@ takes these forms on its way to the loss:
     make_examples               Example        prompt and answer as ids, with target positions
     collate                     Batch          padded ids (B, L) and the N targets of B examples
     LanguageModel.logits        Logits         hidden states (N, d), for logits a chunk at a time
-    distillation_loss           scalar         nats, summed over the N targets
+    distillation_loss           loss, sums     nats, summed over the N targets
 
 Letters in shapes: N target tokens, n of them in a chunk, V vocabulary, d width, B examples, L
 length in tokens, K top entries.
@@ -43,7 +43,6 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import sys
 import tempfile
 import time
@@ -104,7 +103,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 STARTED = time.perf_counter()  # for the seconds in results.json
 DATA = Path(__file__).resolve().parent / "data"
 Tokenizer = PreTrainedTokenizerBase
-KEY = "OPENAI_API_KEY"  # the environment's name for a server's key
+KEY = "OPENAI_API_KEY"  # the environment variable that holds a server's key
 URL = r"https?://(\[[\w:]+\]|[^][\s/?#@:]+)(:\d+)?(/[^\s?#@]*)?"
 # transformers lets the host wait for the GPU in every forward pass, to see whether a row is packed
 # from several texts. Ours never are.
@@ -118,7 +117,7 @@ class UsageError(Exception):
 @contextlib.contextmanager
 def usage_error(prefix: str, *kinds: type[Exception], about: str = "") -> Iterator[None]:
     """Errors of these kinds, if their message contains `about`, become a `UsageError`: the prefix
-    and the first line of the message, or the second too if the first only announces it."""
+    and the first line of the message, with the second if the first ends in a colon."""
     try:
         yield
     except kinds as problem:
@@ -129,8 +128,6 @@ def usage_error(prefix: str, *kinds: type[Exception], about: str = "") -> Iterat
         raise UsageError(f"{prefix}: {text[:300]}") from None
 
 
-# The files of a directory that determine a model; what loading one may raise.
-MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt"}
 LOADING_ERRORS = (
     OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError
 )  # fmt: skip
@@ -148,7 +145,7 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 class CommonArguments:
     """The flags that mean the same thing in every script."""
 
-    two_tokenizers: ClassVar[bool] = False  # whether a teacher on a server has that of --teacher
+    two_tokenizers: ClassVar[bool] = False  # whether a server has the tokenizer of --teacher
 
     teacher: str = flag(str(DATA / "teacher"), "teacher model: a directory or a hub id")
     student: str = flag(str(DATA / "student"), "student model: a directory or a hub id")
@@ -166,6 +163,7 @@ class CommonArguments:
     eval_dataset: str | None = flag(
         None, "held-out conversations; without it --eval-size rows of --dataset are held out"
     )
+    eval_split: str = flag("train", "its split, if it is a hub data set or directory")
     eval_size: int = flag(0, "evaluation rows (0: 1000; of held-out rows at most a tenth)")
     grader: str = flag(
         "exact",
@@ -200,7 +198,7 @@ class CommonArguments:
         "auto", "the teacher's weights; auto: bfloat16 on a GPU"
     )
     teacher_device_map: Literal["none", "auto"] = flag(
-        "none", "auto: spread the teacher's layers over GPUs and, as these are full, CPU memory"
+        "none", "auto: spread the teacher's layers over GPUs and, once these are full, CPU memory"
     )
     attn_implementation: str | None = flag(None, "sdpa, eager, flash_attention_2, ...")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, slower")
@@ -265,7 +263,8 @@ def check_arguments(args: CommonArguments) -> None:
     changed, url = changed_flags(args).keys(), args.api_base_url
     urls = {"--api-base-url": url, "--rollout-url": getattr(args, "rollout_url", None)}
     api = [as_flag(name) for name in changed if name.startswith("api_")]
-    weights = {"teacher_dtype", *(() if args.two_tokenizers else ("teacher", "teacher_revision"))}
+    weights = {"teacher_dtype", "teacher_device_map"}
+    weights |= {*(() if args.two_tokenizers else ("teacher", "teacher_revision"))}
     trackers = ["none", *map(str, get_available_trackers())]
     local = [Path(model).is_dir() for model in (args.student, args.teacher)]
     for wrong, message in (
@@ -286,6 +285,8 @@ def check_arguments(args: CommonArguments) -> None:
         ("teacher_revision" in changed and local[1], "--teacher-revision is for hub models"),
         (changed & {"dataset_config", "dataset_split"} and Path(args.dataset).is_file(),
          "--dataset-config and --dataset-split are for hub data sets and directories"),
+        ("eval_split" in changed and (not args.eval_dataset or Path(args.eval_dataset).is_file()),
+         "--eval-split is for a hub data set or directory in --eval-dataset"),
         (args.api_max_failures > 1, "--api-max-failures is a share, from 0 to 1"),
         (api and not url, f"{', '.join(api)} needs --api-base-url"),
         (url and changed & weights, f"{', '.join(map(as_flag, sorted(changed & weights)))} is for "
@@ -462,7 +463,7 @@ def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _take(fields: dict[str, Any], *names: str) -> Any:
-    """The first of these that is there, removed; what remains in the end is not used."""
+    """Remove and return the first of these fields that is present, else None."""
     return next((fields.pop(name) for name in names if name in fields), None)
 
 
@@ -517,7 +518,7 @@ def _as_message(turn: Any, role: str | None) -> Message:
     """A turn, without its nulls; `role` is that of a turn which is only text."""
     turn = {"role": role, "content": turn} if isinstance(turn, str) else turn
     if not isinstance(turn, dict):
-        raise ValueError("a turn must be an object with role and content")
+        raise ValueError("a turn must be text, or an object with role and content")
     take = functools.partial(_take, turn := _without_nulls(turn))
     name = take("role", "from")
     key = str(name).strip().lower()
@@ -578,7 +579,9 @@ def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversat
     if eval_dataset is None and Path(args.dataset).resolve() == (DATA / "train.jsonl").resolve():
         eval_dataset = str(DATA / "eval.jsonl")
     if eval_dataset is not None:
-        held_out = load_conversations(eval_dataset, max_rows=args.eval_size or 1000)
+        config = args.dataset_config if eval_dataset == args.dataset else None
+        size = args.eval_size or 1000
+        held_out = load_conversations(eval_dataset, config, args.eval_split, size)
         if both := {c.prompt_key() for c in rows} & {c.prompt_key() for c in held_out}:
             PartialState().print(f"{len(both)} prompts of {eval_dataset} are in {args.dataset} too")
     else:
@@ -601,10 +604,11 @@ def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversat
 
 
 def check_printed(model: LanguageModel, turns: list[Message], *names: str, **options: Any) -> None:
-    """`UsageError` if the template prints a turn as if it had not one of these fields."""
+    """`UsageError` if the rendered text does not change when a turn loses one of these fields."""
     for i, turn in enumerate(turns):
         for name in turn.keys() & names:
-            bare, texts = {key: turn[key] for key in turn if key != name}, ["", None]
+            bare = {key: turn[key] for key in turn if key != name}
+            texts = ["", None]  # unequal, unless both are rendered
             with contextlib.suppress(UsageError):  # a template may insist on the field
                 texts = [render(model.tokenizer, [*turns[:i], t], **options) for t in (turn, bare)]
             if texts[0] == texts[1]:
@@ -650,10 +654,10 @@ def _chosen_letter(text: str) -> str | None:
 def _json_value(text: str) -> str | None:
     """The text's JSON value, or the first object or list in it, written in one way."""
     inside = re.search(r"[\[{].*", text, re.DOTALL)
-    for part in (text.strip(), inside and inside[0]):
+    for part, must_end in ((text.strip(), True), (inside and inside[0], False)):
         with contextlib.suppress(ValueError, RecursionError, TypeError):
             value, end = json.JSONDecoder(parse_int=float).raw_decode(part)
-            if part is not text.strip() or end == len(part):
+            if end == len(part) or not must_end:
                 return json.dumps(value, sort_keys=True)
     return None
 
@@ -698,9 +702,9 @@ class FunctionGrader:
 
     def __init__(self, name: str) -> None:
         path, _, attribute = name.rpartition(":")
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        with usage_error(f"--grader {name}", Exception):
+        with usage_error(f"--grader {name} is no FILE.py:FUNCTION", Exception):
+            spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+            sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             self.function = getattr(module, attribute)
         self.name, self.failures = name, list[str]()
@@ -752,9 +756,10 @@ class Head(NamedTuple):
     padding: int = 0
 
     def cast(self, dtype: torch.dtype) -> Head:
-        """With its weight in float32 or wider; on CUDA in `dtype`, copied once for every optimizer
-        step, and padded by zeros to 64·k rows, because products of odd sizes are slow."""
-        weight, missing = self.weight, -len(self.weight) % 64 if dtype.itemsize == 2 else 0
+        """The head for products in `dtype`: on CUDA its weight is cast once for each optimizer step
+        and padded by zeros to 64·k rows (odd sizes are slow); elsewhere float32 or wider."""
+        weight = self.weight
+        missing = -len(weight) % 64 if dtype.itemsize == 2 else 0
         if not weight.is_cuda:  # no half-precision product with a float32 result there
             wide = torch.promote_types(dtype, torch.promote_types(torch.float32, weight.dtype))
             return self._replace(weight=weight.to(wide))
@@ -774,7 +779,8 @@ class Head(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-_casts = WeakIdKeyDictionary()  # by weight: see `Head.cast`. FSDP's updates change no `_version`.
+# Casts by weight: see `Head.cast`. Cleared in each step, as FSDP's updates leave `_version` alone.
+_casts = WeakIdKeyDictionary()
 register_optimizer_step_post_hook(lambda *_: _casts.clear())
 
 
@@ -784,7 +790,7 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     Under autocast too: logits in bfloat16 cost the divergence's gradient several per cent.
     """
     with torch.autocast(a.device.type, enabled=False):
-        if a.is_cuda and a.dtype == b.dtype != torch.float32:
+        if a.is_cuda and a.dtype == b.dtype and a.dtype.itemsize == 2:
             return torch.mm(a, b.t(), out_dtype=torch.float32)
         wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
         return F.linear(a.to(wide), b.to(wide))
@@ -814,7 +820,8 @@ def chunks(tokens: int, width: int, device: torch.device) -> list[slice]:
     80th of the memory on CUDA, because each part reads and writes the head's whole gradient."""
     elements = 2**23 if device.type == "cpu" else 2**26
     if device.type == "cuda":
-        elements = max(elements, torch.cuda.get_device_properties(device).total_memory // 320)
+        memory = torch.cuda.get_device_properties(device).total_memory
+        elements = max(elements, memory // 80 // 4)  # of float32
     size = max(16, elements // width)
     return [slice(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]
 
@@ -837,7 +844,7 @@ class LanguageModel:
     adapters: Any = None  # peft's wrapper of `model`, if LoRA is trained
     has_cache: bool = True  # False: generation reads the whole text for every token
     directory: Path | None = None  # where its files lie
-    opens: str = ""  # the tag that its cue for an answer opens: see `opened_tag`
+    opens: str = ""  # the tag that its generation prompt opens: see `opened_tag`
     copies: tuple[PreTrainedModel, Any] | None = None  # of model and adapters: `inference_copy`
     exact_head: bool = False  # float32 products with the head on CUDA too
 
@@ -855,7 +862,7 @@ class LanguageModel:
         vars(self).pop("model", None)
 
     def keep_head(self) -> None:
-        """Use the head as it is now, whatever happens to the model."""
+        """Keep the head, so that it outlives the model."""
         self.cached_head = Head(*(t if t is None else t.detach() for t in self.head()[:2]))
 
     @functools.cached_property
@@ -910,8 +917,8 @@ class LanguageModel:
     def logits(self, batch: Batch) -> Logits:
         """The logits that predict the N targets of the batch.
 
-        The final norm gives float32 states under autocast. On a GPU products with the head in
-        float32 would take longer than all else; in `compute_dtype` they are summed in float32.
+        The final norm gives float32 states under autocast. On a GPU, float32 products with the head
+        would dominate a step; those in `compute_dtype` are summed in float32.
         """
         hidden, exact = self.hidden_states(batch), torch.float32 if self.exact_head else None
         hidden = hidden.to(exact or self.compute_dtype) if hidden.is_cuda else hidden
@@ -934,8 +941,8 @@ class LanguageModel:
     def inference_copy(self, dtype: torch.dtype | None = None) -> Iterator[None]:
         """`model` and `adapters` with all weights in this process, in `dtype` or their own.
 
-        Unless they are that already, they are copies until the context ends, which take the memory
-        of these weights. Of a sharded model, every process must enter together.
+        If they are not that already, they are copies while the context lasts, and take their memory
+        too. Of a sharded model, every process must enter together.
         """
         trained, empty = (self.model, self.adapters), self.copies
         if empty == trained or (empty is None and dtype in (None, self.model.dtype)):
@@ -947,7 +954,8 @@ class LanguageModel:
             self.model, self.adapters = self.copies
             yield
         finally:
-            fill_weights(self.copies[0], None)
+            for parameter in self.copies[0].parameters():
+                parameter.data = parameter.new_empty(0)
             (self.model, self.adapters), self.copies = trained, empty
 
     def complete(
@@ -984,7 +992,7 @@ class Pair(NamedTuple):
         """Whether equal ids are equal tokens, as far as both models have them."""
         if self.has_weights:
             return not self.different_tokens()
-        server = self.teacher  # which proves before it answers that it has the reader's tokens
+        server = self.teacher  # `greet` proves that it has the reader's tokens
         return isinstance(server, ServerTeacher) and server.reader is self.student
 
     @property
@@ -997,7 +1005,7 @@ class Pair(NamedTuple):
         return [self.student] if reader is self.student else [self.student, reader]
 
     def different_tokens(self) -> list[str]:
-        """Tokens that one model lacks or has at another id, but for those added at the end."""
+        """Tokens that one model lacks or has at another id, except those added at the end."""
         size = min(model.vocabulary for model in self)
         return _different_tokens(*(model.tokenizer for model in self), size)
 
@@ -1025,7 +1033,7 @@ def _different_tokens(student: Tokenizer, teacher: Tokenizer, size: int) -> list
 def end_of_turn_ids(tokenizer: Tokenizer, *configs: Any, **options: Any) -> list[int]:
     """The ids that end a response: first the added token, if possible a special one, that the chat
     template prints after an answer, then the end tokens of tokenizer and configurations."""
-    texts = []
+    texts = []  # reversed: what both begin with is what the template prints after an answer
     for word in ("ab", "cd"):  # a template may change an answer, or hold its letters itself
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": word}]
         texts.append(render(tokenizer, turns, **options)[::-1])
@@ -1057,7 +1065,7 @@ def open_model(
 ) -> LanguageModel:
     """The model of `role`, "student" or "teacher", without loading its weights.
 
-    `template` is used if it has no chat template, as base models have not.
+    `template` replaces a missing chat template (of base models).
     """
     is_teacher = role == "teacher"
     name, revision = getattr(args, role), args.teacher_revision if is_teacher else args.revision
@@ -1117,12 +1125,14 @@ def load_weights(
             f"{model.name} lacks {len(missing)} tensors of the shape that its config.json asks for "
             f"(they would be random); the first is {missing[0]}"
         )
-    head = None
-    if model.spread:
-        head = spread_head(weights, model.device)
-        head = head and Head(*head)
-    else:
+    head, layer = None, weights.get_output_embeddings()
+    if not model.spread:
         weights.to(model.device)
+    else:  # from now on the backbone returns its states on the device of its inputs
+        add_hook_to_module(weights.base_model, AlignDevicesHook(io_same_device=True), append=True)
+        if layer is not None:
+            with align_module_device(layer, model.device):  # it may have been offloaded
+                head = Head(layer.weight.detach(), getattr(layer, "bias", None))
     loaded = dataclasses.replace(model, load=lambda _: weights.eval(), cached_head=head)
     check_head(loaded)
     model.cached_head = head or model.cached_head
@@ -1220,17 +1230,16 @@ def prepare_student(student: LanguageModel, args: CommonArguments) -> None:
 def compile_layers(student: LanguageModel) -> None:
     """Compile what the layers do in training; all layers of a kind share their code."""
     with usage_error("--compile", ValueError):
-        kinds = layer_kinds(student.model)
+        layers = layers_of(student.model)
         if problem := compiler_problem(student.device.type):
             raise ValueError(problem)
-    for layer in student.model.modules():
-        if type(layer).__name__ in kinds:
-            layer.compile(dynamic=True)
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def add_adapters(student: LanguageModel, rank: int) -> None:
-    """LoRA on every linear layer but the head and on stacked experts; all else is frozen (Hu et al.
-    2021). Layers are replaced in place, so backbone and head keep their places in the model."""
+    """LoRA on stacked experts and on all linear layers except the head; all else is frozen (Hu et
+    al. 2021). Layers are replaced in place, so backbone and head keep their places in the model."""
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
@@ -1252,7 +1261,7 @@ def add_adapters(student: LanguageModel, rank: int) -> None:
 
 
 def freeze_unreached(student: LanguageModel) -> None:
-    """Freeze what text does not reach, as a vision tower: DDP would wait for its gradient.
+    """Freeze weights that text gives no gradient (a vision tower): DDP would wait for it.
 
     Experts without a token are reached: they are slices of one parameter and get zeros.
     """
@@ -1273,11 +1282,10 @@ def load_pair(args: CommonArguments, device: torch.device) -> Pair:
     if args.api_base_url:
         reader = open_model(args, device, "teacher") if args.two_tokenizers else None  # no weights
         student = load_student(args, device, reader and reader.tokenizer.chat_template)
-        if reader:
-            share_tag(Pair(student, reader))
+        share_tag(Pair(student, reader or student))
         return Pair(student, ServerTeacher(args, reader or student))
     teacher = open_model(args, device, "teacher")
-    # Then only the main process loads the teacher, and fills the cache for all.
+    # If `alone`, only the main process loads the teacher, and fills the cache for all.
     alone = teacher.spread and PartialState().distributed_type != DistributedType.NO
     if alone and (not args.cache_teacher or hasattr(args, "mix")):
         raise UsageError("--teacher-device-map is for one process in on_policy.py and with "
@@ -1321,7 +1329,7 @@ def digest_of_model(name: str, revision: str) -> str:
     for f in sorted(directory.iterdir()):
         if f.suffix == ".safetensors":
             parts.append((f.name, f.stat().st_size, f.stat().st_mtime_ns))
-        elif f.suffix in MODEL_FILES:
+        elif f.suffix in {".json", ".jinja", ".model", ".txt"}:
             parts.append((f.name, hashlib.sha256(f.read_bytes()).hexdigest()))
     return f"{row_seed(parts):016x}"
 
@@ -1363,21 +1371,12 @@ def start_accelerator(**options: Any) -> Accelerator:
     return accelerator
 
 
-def layer_kinds(model: PreTrainedModel) -> set[str]:
-    """The classes of the layers that are gathered one at a time; `ValueError` if none is known."""
-    present = {type(module).__name__ for module in model.modules()}
-    if not (kinds := present & set(model._no_split_modules or ())):
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that are gathered one at a time; `ValueError` if none is known."""
+    kinds = set(model._no_split_modules or ())
+    if not (layers := [m for m in model.modules() if type(m).__name__ in kinds]):
         raise ValueError(f"transformers names no layers of {type(model).__name__}")
-    return kinds
-
-
-def shard_for_inference(model: PreTrainedModel) -> None:
-    """Keep this process's share of all but the head. A forward pass gathers one layer at a time,
-    so every process must run equally many."""
-    kinds = layer_kinds(model)
-    for module in [m for m in model.modules() if type(m).__name__ in kinds]:
-        fully_shard(module)
-    fully_shard(model.base_model, reshard_after_forward=True)
+    return layers
 
 
 def without_weights(model: nn.Module, *others: Any) -> Any:
@@ -1386,18 +1385,12 @@ def without_weights(model: nn.Module, *others: Any) -> Any:
     return copy.deepcopy((model, *others), empty)
 
 
-def fill_weights(
-    model: nn.Module, source: nn.Module | None, dtype: torch.dtype | None = None
-) -> None:
-    """Gather the weights of `source` into its copy, in every process; None empties the copy.
+def fill_weights(model: nn.Module, source: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Gather the weights of `source` into its copy, in every process.
 
     They get `dtype` as if they were loaded in it: transformers exempts some, such as routers, and
     computes buffers that are not saved, such as rotary frequencies, in float32.
     """
-    if source is None:
-        for parameter in model.parameters():
-            parameter.data = parameter.new_empty(0)
-        return
     saved = model.state_dict().keys()
     exempt = [re.compile(k.replace("*", ".*")) for k in source._keep_in_fp32_modules_strict or ()]
     targets, sources = ([*m.named_parameters(), *m.named_buffers()] for m in (model, source))
@@ -1407,21 +1400,6 @@ def fill_weights(
             name = name.replace(".base_layer", "")  # peft's name for an adapted layer
             part = part if any(kind.search(name) for kind in exempt) else part.to(dtype)
         target.data = part.full_tensor() if isinstance(part, DTensor) else part
-
-
-def as_float(value: Any) -> float:
-    """The value of a scalar, which under FSDP may need every process."""
-    return float(value.full_tensor() if isinstance(value, DTensor) else value)
-
-
-def spread_head(model: PreTrainedModel, home: torch.device) -> Sequence[Tensor | None] | None:
-    """Weight and bias of the head of a model with a device map, on the device `home`; None if it
-    has no head. From now on the backbone returns its states on the device of its inputs."""
-    add_hook_to_module(model.base_model, AlignDevicesHook(io_same_device=True), append=True)
-    if (head := model.get_output_embeddings()) is None:
-        return None
-    with align_module_device(head, home):  # it may have been offloaded
-        return head.weight.detach(), getattr(head, "bias", None)
 
 
 # ----------------------------------------------------------------------------- tokens and masks
@@ -1447,7 +1425,7 @@ class Prompt(NamedTuple):
     conversation: Conversation
     student: list[int]
     teacher: list[int]
-    given: str = ""  # the beginning of the answer that the prompts end in: see `opened_tag`
+    given: str = ""  # what both prompts end with, a part of the answer: see `opened_tag`
 
 
 class Completion(NamedTuple):
@@ -1482,7 +1460,7 @@ class Batch(NamedTuple):
     targets: Tensor  # (N,)
 
 
-# Stands inside the names of control tokens that are text. No text contains this noncharacter.
+# Put into the names of control tokens in messages, so that they stay text. No text contains it.
 _MARK = "\ufdd0"
 
 
@@ -1515,7 +1493,7 @@ def _text_tokenizer(tokenizer: Tokenizer) -> BackendTokenizer:
 def render(
     tokenizer: Tokenizer, messages: list[Message], *, prompt: bool = False, **options: Any
 ) -> str:
-    """The conversation in the model's chat template; `prompt` adds the cue for an answer."""
+    """The conversation in the model's chat template; `prompt` adds the generation prompt."""
     return _render(tokenizer, messages, add_generation_prompt=prompt, **options)[0]
 
 
@@ -1533,9 +1511,9 @@ def _render(tokenizer: Tokenizer, messages: list[Message], **options: Any) -> tu
 
 
 def opened_tag(tokenizer: Tokenizer, **options: Any) -> str:
-    """The tag that the cue for an answer opens, with the white space after it: `<think>`.
+    """The tag that the generation prompt opens, with the white space after it: `<think>`.
 
-    "" if the cue ends in none, or in one that begins every answer, as a role's name may.
+    "" if it ends in none, or in one that begins every answer, as a role's name may.
     """
     asked, turns = (
         [{"role": role, "content": "x"} for role in roles]
@@ -1550,7 +1528,8 @@ def opened_tag(tokenizer: Tokenizer, **options: Any) -> str:
 
 
 def share_tag(pair: Pair) -> None:
-    """Where one model's cue opens a tag, the other's opens it too, so that both read one answer.
+    """Where one model's generation prompt opens a tag, let the other's open it too, so that both
+    read one answer.
 
     Raises `UsageError` if the teacher does not know the tag.
     """
@@ -1561,7 +1540,7 @@ def share_tag(pair: Pair) -> None:
         known = tag in model.tokenizer.get_vocab() or tag in json.dumps(templates)
         if model.opens or not (known or model is pair.student):
             raise UsageError(
-                f"the cue of {other.name} for an answer opens {other.opens!r}, which {model.name} "
+                f"the generation prompt of {other.name} opens {other.opens!r}, which {model.name} "
                 "does not write: give both one --chat-template"
             )
         cue = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(other.opens)} }}}}{{% endif %}}"
@@ -1584,7 +1563,7 @@ def after_tag(answer: str, tag: str) -> str:
 
 
 def whole_answer(text: str) -> str:
-    """The text of an API or a row; if the cue that it followed had opened `<think>`, with that."""
+    """The text of an API or a row, with `<think>` if its generation prompt had opened that."""
     reasoning, closed, _ = text.partition("</think>")
     return f"<think>\n{text}" if closed and "<think>" not in reasoning else text
 
@@ -1689,7 +1668,7 @@ def _prints(span: str, message: Message) -> bool:
 
 
 def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) -> list[Prompt]:
-    """Each conversation up to and including the cue for an answer, in both models' templates.
+    """Each conversation with the generation prompt, in both models' templates.
 
     Prompts of `limit` tokens or more, which leave no room for an answer, are left out and counted.
     For an API teacher, which tokenises for itself, both fields hold the student's ids.
@@ -1738,6 +1717,10 @@ def make_examples(prompts: list[Prompt], pair: Pair, args: CommonArguments) -> l
             prompts, args, temperature=args.sampling_temperature, top_p=args.top_p,
             purpose="training text",
         )  # fmt: skip
+        both = zip(prompts, completions, strict=True)  # a server may have given no answer
+        if not (both := [(p, c) for p, c in both if c.finished is not None]):
+            raise UsageError("no training prompt got an answer")
+        prompts, completions = zip(*both, strict=True)
         examples = completion_examples(prompts, completions, pair, args.max_length)
         cut = sum(not c.finished for c in completions)
     else:
@@ -1854,7 +1837,7 @@ def collate(examples: Sequence[Tokens], device: torch.device, pad_id: int = 0) -
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, for which a GPU does not make the host wait."""
+    """Copy to the device; on a GPU without waiting."""
     tensor = tensor.pin_memory() if device.type == "cuda" else tensor
     return tensor.to(device, non_blocking=True)
 
@@ -1977,9 +1960,9 @@ def generate(
 
 
 class MaskedCache(DynamicCache):
-    """Lets transformers mask every token. It would ask a GPU each time whether any is padding."""
+    """A cache for which transformers does not ask the GPU, at every token, for padding."""
 
-    is_compileable = True
+    is_compileable = True  # as it then may not ask
 
 
 def _generate_batch(
@@ -2148,7 +2131,7 @@ def save_tensors(path: Path, **tensors: Tensor | None) -> None:
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     with usage_error(f"{path} is corrupt, delete the file", SafetensorError):
-        return {name: t.to(device) for name, t in load_file(path).items()}  # it knows no "cpu:0"
+        return {name: t.to(device) for name, t in load_file(path).items()}  # which refuses "cpu:0"
 
 
 def progress(title: str, total: int, done: int = 0) -> tqdm:
@@ -2431,11 +2414,12 @@ class ServerTeacher(Server):
 
     The reader is the student, or a model of other tokens without its weights. The server is given
     ids of its template and tokenizer, never text, and each reply must say that it has read these.
-    `greet` proves what training relies on. What `TeacherHiddenStates` keeps of it are
-    log-probabilities, as `TopLogprobs.packed`.
+    `greet` proves what training relies on. `TeacherHiddenStates` keeps its log-probabilities, as
+    `TopLogprobs.packed`.
     """
 
-    compute_dtype, spread = torch.int16, False  # of what is kept; over devices
+    compute_dtype = torch.int16  # of what is kept
+    spread = False  # over devices
 
     def __init__(self, args: CommonArguments, reader: LanguageModel) -> None:
         super().__init__(args, reader)
@@ -2779,7 +2763,7 @@ class TopLogprobs:
 
 def outcomes(student: Tensor, ids: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of a server's outcomes (n, K + 2): the student's and the teacher's; and the
-    student's of the tokens given the last outcome (n, V), which overwrite `student` (n, V)."""
+    student's within the last outcome (n, V), which overwrite `student` (n, V)."""
     named = student.gather(1, ids).masked_fill_(teacher[:, :-1] < ABSENT / 2, ABSENT)
     others = student.scatter_(1, ids, -math.inf)
     # Not log(1 - the sum of the named ones), which is rounding where the student is sure.
@@ -2966,10 +2950,11 @@ def distillation_loss(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The objective summed over N target tokens with ids `targets` (N,); without a teacher it is
     cross-entropy alone. Returns what `chunked_loss` returns."""
+    given, body = [targets], _distillation
     if isinstance(teacher, TopLogprobs):
-        return top_logprobs_loss(student, objective, teacher)
-    pieces = [(rows, rows, (targets[rows], objective)) for rows in student.chunks()]
-    return chunked_loss(student, teacher, pieces, _distillation)
+        given, body, teacher = [teacher.ids, teacher.logprobs], _top_logprobs, None
+    pieces = [(rows, rows, (*(t[rows] for t in given), objective)) for rows in student.chunks()]
+    return chunked_loss(student, teacher, pieces, body)
 
 
 def _distillation(
@@ -2996,23 +2981,11 @@ def _distillation(
     return torch.stack([loss, kl]), gradient
 
 
-def top_logprobs_loss(
-    student: Logits, objective: Objective, teacher: TopLogprobs
-) -> tuple[Tensor, Tensor]:
-    """The objective at T = 1 on a server's K + 2 outcomes, summed over N targets. Returns what
-    `chunked_loss` returns.
-
-    Merging tokens into one outcome lowers a divergence, so this one is a lower bound of that of the
-    whole vocabulary, and never negative.
-    """
-    ids, logprobs = teacher.ids, teacher.logprobs
-    pieces = [(rows, rows, (ids[rows], logprobs[rows], objective)) for rows in student.chunks()]
-    return chunked_loss(student, None, pieces, _top_logprobs)
-
-
 def _top_logprobs(
     logits: Tensor, _: None, inputs: tuple[Tensor, Tensor, Objective]
 ) -> tuple[Tensor, Tensor]:
+    """The objective at T = 1 on a server's K + 2 outcomes. Merging tokens into one outcome lowers a
+    divergence, so this is a lower bound of that of the whole vocabulary, and never negative."""
     ids, logprobs, objective = inputs
     weight = objective.ce_weight
     ours, theirs, others = outcomes(log_softmax_with_temperature(logits), ids, logprobs)
@@ -3136,8 +3109,9 @@ class Evaluator:
             tally |= {"tokens": counts[j], "nats": -logprobs[j].sum().item()}
             # The text alone, without its end token; decoded after the prompt, because some
             # tokenizers strip what text begins with.
-            count = counts[j] - bool(side.targets and side.ids[-1] in model.end_ids)
-            start = len(side.ids) - counts[j]
+            start = side.targets[0] if side.targets else len(side.ids)
+            answer = side.ids[start : start + counts[j]]
+            count = counts[j] - bool(answer and answer[-1] in model.end_ids)
             texts = side.ids[:start], side.ids[: start + count]
             before, after = (len(model.tokenizer.decode(ids).encode()) for ids in texts)
             tally["text_bits"] = -logprobs[j][:count].sum().item() / math.log(2)
@@ -3157,7 +3131,8 @@ def compare(
     """
     if isinstance(student, TopLogprobs):
         logprob = student.logprobs[:, 0]
-        return {"logprob": logprob, "agree": logprob * 0 + 1, "kl": logprob * 0}
+        same, none = torch.ones_like(logprob), torch.zeros_like(logprob)
+        return {"logprob": logprob, "agree": same, "kl": none}
     student, teacher, parts = student.cast(), teacher and teacher.cast(), []
     for rows in student.chunks():
         logprobs = log_softmax_with_temperature(student[rows])
@@ -3210,23 +3185,21 @@ def gap_recovered(before: list[Tally], after: list[Tally], teacher: list[Tally])
     """(after − before) / (teacher − before), for scores where the teacher is better by more than
     two standard errors of the paired difference between prompts."""
     first, last, goal = scores(before), scores(after), scores(teacher)
-    result = {}
+    tables, result = [pandas.DataFrame(tallies) for tallies in (teacher, before)], {}
     for name, sign in GAPS.items():
-        top, bottom = SCORES[name]
         if name in first:
-            pairs = zip(teacher, before, strict=True)
-            gaps = [
-                sign * (a[top] / max(1, a[bottom]) - b[top] / max(1, b[bottom])) for a, b in pairs
-            ]
-            error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.inf
-            if statistics.fmean(gaps) > 2 * error:
+            top, bottom = SCORES[name]
+            best, ours = (table[top] / table[bottom].clip(lower=1) for table in tables)
+            gaps = sign * (best - ours)  # of each prompt
+            clear = gaps.mean() > 2 * gaps.sem()  # of one prompt alone it is not a number
+            if clear and sign * (goal[name] - first[name]) > 0:  # long references weigh more here
                 result[name] = (last[name] - first[name]) / (goal[name] - first[name])
     return result
 
 
 # -------------------------------------------------------------------------------- run directory
 
-# Flags that may differ on --resume: they change what the student learns from by rounding at most.
+# Flags that may differ on --resume: they change training by rounding at most.
 FLAGS_FREE_ON_RESUME = {
     "output_dir", "overwrite", "resume", "cache_dir", "save_steps", "save_total_limit",
     "eval_steps", "logging_steps", "generation_batch_size", "report_to", "api_concurrency",
@@ -3322,12 +3295,14 @@ def prepare(
     if accelerator.is_fsdp2:
         student = module.student
         with usage_error("cannot shard the models", ValueError):
-            kinds = layer_kinds(student.model)
+            kinds = {type(layer).__name__ for layer in layers_of(student.model)}
             accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(kinds)
             student.copies = without_weights(student.model, student.adapters)
             if isinstance(teacher, LanguageModel) and teacher.loaded:
                 teacher.keep_head()
-                shard_for_inference(teacher.model)
+                for layer in layers_of(teacher.model):  # a forward pass gathers one at a time, so
+                    fully_shard(layer)  # every process must run equally many
+                fully_shard(teacher.model.base_model, reshard_after_forward=True)
     return accelerator.prepare(module, make_optimizer(module, args))
 
 
@@ -3370,7 +3345,7 @@ class Run:
         if self.checkpoint is not None:
             with self._corrupt():
                 self.state = json.loads((self.checkpoint / "state.json").read_text())
-        self.earlier = self.state["seconds"]  # that the run took before it was resumed
+        self.began = STARTED - self.state["seconds"]  # as if it had not been interrupted
         metrics = self.directory / "metrics.jsonl"
         if metrics.exists() and accelerator.is_main_process:  # drop what the checkpoint lacks
             lines = metrics.read_bytes().splitlines(keepends=True)[: self.state["lines"]]
@@ -3411,7 +3386,8 @@ class Run:
 
     def _checkpoints(self) -> list[Path]:
         """Checkpoints, oldest first. One is whole when its state.json, written last, is there."""
-        return sorted(p.parent for p in self.directory.glob("checkpoints/step-*/state.json"))
+        whole = (p.parent for p in self.directory.glob("checkpoints/step-*/state.json"))
+        return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
 
     def _corrupt(self) -> contextlib.AbstractContextManager[None]:
         advice = "delete it, and --resume continues from the one before"
@@ -3470,7 +3446,8 @@ class Run:
         """Write what was logged to metrics.jsonl. A non-finite number ends the run."""
         speed = self.tokens / max(time.perf_counter() - self.clock, 1e-9)
         for step, values, examples in self.pending:
-            numbers = {name: as_float(value) for name, value in values.items()}
+            whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in values.items()}
+            numbers = {name: float(value) for name, value in whole.items()}
             if not all(map(math.isfinite, numbers.values())):
                 sources = [e.prompt.conversation.source for part in examples for e in part]
                 sys.exit(
@@ -3528,9 +3505,8 @@ class Run:
 
     def _stopped(self, step: int) -> None:
         flags = shlex.join(["--output-dir", str(self.directory), "--resume"])
-        self.accelerator.print(
-            f"stopped after step {step}; the same command with {flags} continues"
-        )
+        change = f"with {flags}" + " and without --overwrite" * self.args.overwrite
+        self.accelerator.print(f"stopped after step {step}; the same command {change} continues")
         self._close()
 
     def _write_checkpoint(self, step: int) -> None:
@@ -3539,7 +3515,7 @@ class Run:
         with usage_error(f"cannot write {path}", OSError, RuntimeError, SafetensorError):
             self.accelerator.save_state(str(path), safe_serialization=True)
         self.accelerator.wait_for_everyone()
-        self.state |= {"step": step, "seconds": self._seconds()}
+        self.state |= {"step": step, "seconds": time.perf_counter() - self.began}
         if self.accelerator.is_main_process:
             write_json(path / "state.json", self.state)
             keep = self._checkpoints()[-self.args.save_total_limit :]  # 0: all that are whole
@@ -3547,9 +3523,6 @@ class Run:
                 (old / "state.json").unlink(missing_ok=True)  # first: then it does not count
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
-
-    def _seconds(self) -> float:
-        return self.earlier + time.perf_counter() - STARTED
 
     def finish(self, **more: Any) -> None:
         """Score the student; write final/, results.json and curves.png; print the table."""
@@ -3564,7 +3537,7 @@ class Run:
             "gap_recovered": gap_recovered(before, after, teacher),
             "evaluation": {"rows": len(after), "unreferenced_rows": evaluator.unreferenced},
             **more,
-            "seconds": self._seconds(),
+            "seconds": time.perf_counter() - self.began,
             "versions": {name: importlib.metadata.version(name) for name in packages},
         }
         table = results_table(results)
@@ -3699,16 +3672,14 @@ def results_table(results: dict[str, Any]) -> str:
 def draw_curves(directories: Sequence[Path], target: Path) -> None:
     """Loss and evaluation against step, one line for each run; says so without matplotlib."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError:
         print(f'no {target.name}: it needs matplotlib (pip install -e ".[plots]")')
         return
     panels = ("train/loss", "eval/kl_to_teacher", "eval/exact_match", "eval/error_rate")
     height = 4 + len(directories) / 12
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(18, height), layout="constrained")
+    figure = Figure(figsize=(18, height), layout="constrained")
+    axes = figure.subplots(1, len(panels))
     for directory in directories:
         lines = pandas.read_json(directory / "metrics.jsonl", lines=True).set_index("step")
         for name, axis in zip(panels, axes, strict=True):
@@ -3719,7 +3690,6 @@ def draw_curves(directories: Sequence[Path], target: Path) -> None:
     if len(directories) > 1:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(target, dpi=100)
-    pyplot.close(figure)
 
 
 # --------------------------------------------------------------------------- plan of the memory
@@ -3803,7 +3773,13 @@ def memory_of_run(
     """
     written = args.max_new_tokens if args.completions == "teacher" else args.max_length
     length = min(args.max_length, longest_prompt + written)
-    models = [_without_data(model, args) for model in (student, teacher) if model]
+    models = [dataclasses.replace(model) for model in (student, teacher) if model]
+    for model in models:  # with weights that have no data
+        dtype = torch.float32 if model.name == args.student else model.compute_dtype
+        with torch.device("meta"), usage_error(f"no plan for {model.name}", *LOADING_ERRORS):
+            model.model = AutoModelForCausalLM.from_config(
+                model.config, dtype=dtype, attn_implementation=args.attn_implementation
+            ).eval()
     with contextlib.redirect_stdout(io.StringIO()):  # what `add_adapters` prints
         prepare_student(models[0], args)
     parts = {}
@@ -3871,17 +3847,6 @@ def _peak_of_generation(
         draws = torch.zeros(rows, dtype=torch.float64, device=device)
         sample(model.head().cast(model.compute_dtype).logits(hidden), draws, 1.0, args.top_p)
         return max(prefill, before + held + live.peak - live.now)
-
-
-def _without_data(model: LanguageModel, args: CommonArguments) -> LanguageModel:
-    """The model with its weights on the meta device."""
-    dtype = torch.float32 if model.name == args.student else model.compute_dtype
-    planned = dataclasses.replace(model)
-    with torch.device("meta"), usage_error(f"no plan for {model.name}", *LOADING_ERRORS):
-        planned.model = AutoModelForCausalLM.from_config(
-            model.config, dtype=dtype, attn_implementation=args.attn_implementation
-        ).eval()
-    return planned
 
 
 def compare_runs(paths: Iterable[str]) -> None:

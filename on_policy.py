@@ -61,7 +61,7 @@ class Arguments(token_level.Arguments):
         "exact", "on own text: the whole divergence, or its estimate from the sampled token alone"
     )
     rollout_temperature: float = flag(1.0, "temperature of the student's text (0: greedy)")
-    rollout_steps: int = flag(1, "on-policy steps whose text is sampled at once, ahead of them")
+    rollout_steps: int = flag(1, "on-policy steps whose text is sampled together in advance")
     rollout_url: str | None = flag(None, "a vLLM server of the student, to write its text")
     rollout_weights: str | None = flag(None, "the directory through which it gets weights")
 
@@ -130,15 +130,13 @@ class OnPolicyLoss(nn.Module):
         """
         student = self.student.logits(batch)
         teacher = common.teacher_logits(teacher_hidden, self.teacher_head)
-        if not on_policy:
-            loss, sums = common.distillation_loss(student, batch.targets, self.objective, teacher)
-            return loss, torch.cat([sums, sums.new_zeros(3)])
-        if self.estimator == "sampled":
+        if on_policy and self.estimator == "sampled":
             loss, sums = sampled_loss(student, batch.targets, teacher)
         else:
-            objective = self.objective._replace(ce_weight=0.0)
+            objective = self.objective._replace(ce_weight=0.0) if on_policy else self.objective
             loss, sums = common.distillation_loss(student, batch.targets, objective, teacher)
-        return loss, torch.cat([sums, entropies(student, teacher).to(sums)])
+        more = entropies(student, teacher).to(sums) if on_policy else sums.new_zeros(3)
+        return loss, torch.cat([sums, more])
 
 
 def sampled_loss(
@@ -186,8 +184,8 @@ def entropies(student: Logits, teacher: Logits | common.TopLogprobs) -> Tensor:
 class Rollouts:
     """The student's own answers to the prompts of on-policy steps, as token ids.
 
-    Those of the next --rollout-steps such steps are sampled together by the student of the first;
-    if these are several, a server writes them while those before are learned from. Each token is a
+    The student of the first samples those of the next --rollout-steps such steps together; if they
+    are several, a server writes them while the student learns from those before. Each token is a
     function of that student and of (seed, step, row, position), so text depends on batches and
     processes through rounding only. Text that waits is part of a checkpoint.
     """
@@ -319,7 +317,7 @@ class Evaluator(common.Evaluator):
     """Scores on the student's own text beside those of `common.Evaluator`.
 
     On answers that it samples at T = 1 to the same prompts: `kl_on_own_text`, KL(teacher ‖ student)
-    in nats per token, and `exposure_bias`, its ratio to `kl_to_teacher`: above 1 if it is worse.
+    in nats per token, and `exposure_bias`, its ratio to `kl_to_teacher` (above 1: worse).
     """
 
     def __init__(self, prompts: list[common.Prompt], pair: common.Pair, args: Arguments) -> None:
@@ -365,7 +363,7 @@ def main(args: Arguments) -> None:
     examples = common.make_examples(prompts, pair, args) if args.reads_teacher_text else []
     evaluator = Evaluator(evaluation, pair, args)
     teacher_hidden = common.TeacherHiddenStates(teacher, examples, "training text")
-    top = 0 if args.estimator == "sampled" else None  # of a server, on the student's text
+    top = 0 if args.estimator == "sampled" else None  # K of a server, on the student's text
     run = common.Run("on_policy", args, accelerator, evaluator)
     nats = common.scores(run.state["before"])["kl_to_teacher"]
     if args.kl == "reverse" and args.estimator == "exact" and nats > WEAK:
@@ -374,6 +372,8 @@ def main(args: Arguments) -> None:
             "of --kl forward --mix 1 was better in the README's runs"
         )
 
+    if pair.has_weights and args.mix:
+        _ = teacher.model  # loaded before FSDP shards it, even if the cache held all until now
     module = OnPolicyLoss(student, teacher.head(), objective, args.estimator)
     module, optimizer = common.prepare(accelerator, module, args, teacher)
     steps = common.total_steps(args, len(examples or prompts))

@@ -44,7 +44,7 @@ class Arguments(CommonArguments):
         """The divergence and its weights; `UsageError` for values out of range."""
         if not 0 < self.jsd_beta < 1:
             raise common.UsageError(
-                "--jsd-beta must lie inside (0, 1): its ends are --kl forward and reverse"
+                "--jsd-beta must lie inside (0, 1); for the limits use --kl forward and reverse"
             )
         if not 0 <= self.skew < 1:
             raise common.UsageError("--skew must lie in [0, 1)")
@@ -54,8 +54,8 @@ class Arguments(CommonArguments):
             raise common.UsageError("--skew applies to --kl forward and reverse, not to jsd")
         if self.api_base_url and self.temperature != 1:
             raise common.UsageError(
-                "--temperature must be 1 with --api-base-url: what the tokens that a server does "
-                "not name have together at another temperature, it does not tell"
+                "--temperature must be 1 with --api-base-url: a server gives no total for the "
+                "tokens that it does not name at another temperature"
             )
         return Objective(self.kl, self.jsd_beta, self.skew, self.temperature, self.ce_weight)
 
@@ -73,7 +73,7 @@ class TokenLevelLoss(nn.Module):
     def forward(self, batch: Batch, teacher_hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The loss in nats, summed over the batch's N targets, and (2,) to log: loss, divergence.
 
-        `teacher_hidden` (N, d) are the teacher's hidden states at the same targets.
+        `teacher_hidden` (N, d): at these targets; of a server, `TopLogprobs.packed` instead.
         """
         teacher = common.teacher_logits(teacher_hidden, self.teacher_head)
         return common.distillation_loss(

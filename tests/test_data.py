@@ -351,6 +351,13 @@ def test_each_model_reads_its_own_template():
         assert runs_of_targets(short, example.student) == ["an "]
         assert runs_of_targets(long, example.teacher) == ["an "]
         assert "longer" in long.tokenizer.decode(example.teacher.ids)
+        # Evaluation counts the bytes of the text that was kept, of either model.
+        for model, side in ((short, example.student), (long, example.teacher)):
+            scorer, tallies = object.__new__(common.Evaluator), {0: {}}
+            scorer.student, scorer.comparable = short, True
+            logits = common.Logits(torch.zeros(3, 8), common.Head(torch.zeros(300, 8)))
+            scorer._add_likelihoods(tallies, examples, model, logits, None)
+            assert tallies[0]["bytes"] == 3 and tallies[0]["tokens"] == len(side.targets)
         assert "longer" not in short.tokenizer.decode(example.student.ids)
 
 

@@ -173,6 +173,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("token_level", {"teacher_revision": "v1", "teacher": "teacher"}, "--teacher-revision"),
     ("token_level", {"dataset_config": "x", "dataset": "rows"}, "--dataset-config"),
     ("token_level", {"dataset_split": "test", "dataset": "rows"}, "--dataset-split"),
+    ("token_level", {"eval_split": "test"}, "--eval-split"),
+    ("token_level", {"eval_split": "test", "eval_dataset": "rows"}, "--eval-split"),
     ("token_level", {"resume": True}, "--output-dir"),
     ("token_level", {"overwrite": True}, "--output-dir"),
     ("token_level", {"top_p": 0.5, "completions": "dataset"}, "--top-p"),

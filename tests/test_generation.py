@@ -877,6 +877,10 @@ def test_gap_is_absent_where_the_teacher_is_hardly_better():
          for i in range(40)],
     ):  # fmt: skip
         assert common.gap_recovered(half, half, teacher) == {}
+    # Better on most prompts, and worse on a long one by as many words.
+    weak, strong = ([tally(0, edits, 0.0, 5)] * 80 for edits in (1, 0))
+    long = [tally(0, edits, 0.0, 5) | {"reference_words": 80} for edits in (0, 80)]
+    assert common.gap_recovered([*weak, long[0]], weak + long[:1], [*strong, long[1]]) == {}
     clear = [tally(float(i % 2 or i < 20), 0, 0.0, 5) for i in range(40)]
     assert set(common.gap_recovered(half, half, clear)) == {"exact_match", "error_rate"}
     assert common.gap_recovered(half[:1], half[:1], clear[:1]) == {}

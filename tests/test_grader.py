@@ -41,6 +41,10 @@ CASES = [
     ("json", '{"a": 1}', '{"a": true}', False),
     ("json", '{"a": 1', '{"a": 1}', False),
     ("json", "[1, 2]", "[2, 1]", False),
+    ("json", '{"a": 1} is it', '{"a": 1}', True),
+    ("json", ' {"a": 1} is it', '{"a": 1}', True),
+    ("json", " 3 apples", "3", False),
+    ("json", "3 apples", "3", False),
     (r"regex:answer: (\w+)", "answer: x, or answer: yes", "the answer: yes", True),
     (r"regex:answer: (\w+)", "answer: no", "the answer: yes", False),
     (r"regex:\d+", "7 or 8", "8", True),
@@ -89,8 +93,9 @@ def test_a_query_is_bounded():
         ("regex:", "--grader is regex:, not exact"),
         ("regex:(", "--grader regex:(: missing ), unterminated subpattern"),
         ("number", "eval.jsonl:2: --grader number finds nothing in 'none'"),
-        ("gone.py:right", "--grader gone.py:right: [Errno 2] No such file"),
-        ("own.py:wrong_name", "--grader own.py:wrong_name: module 'own' has no attribute"),
+        ("gone.py:right", "--grader gone.py:right is no FILE.py:FUNCTION: [Errno 2] No such file"),
+        ("own.py", "--grader own.py is no FILE.py:FUNCTION"),
+        ("own.py:wrong_name", "wrong_name is no FILE.py:FUNCTION: module 'own' has no attribute"),
         (
             "own.py:fails",
             "--grader own.py:fails fails on a reference: eval.jsonl:1: KeyError: 'no'",
@@ -125,6 +130,17 @@ def test_exceptions_and_time_out_count_as_wrong_and_are_said_once(tmp_path, monk
     assert [grade(text, talk.row()) for text in answers] == [True, False, False, False]
     assert grade.failures[1] == "rows:7: TimeoutError: it ran for more than 0.2 seconds"
     assert capsys.readouterr().err.count("counted as wrong: rows:7: ZeroDivisionError") == 1
+
+
+def test_a_grader_with_dataclasses(tmp_path):
+    """They look their module up by its name."""
+    (tmp_path / "graders.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+        "@dataclass\nclass Answer:\n    text: str\n\n"
+        "def right(text, row):\n    return Answer(text).text == row['references'][0]\n"
+    )
+    grade = common.load_grader(f"{tmp_path / 'graders.py'}:right")
+    assert [grade(text, {"references": ["a"]}) for text in "ab"] == [True, False]
 
 
 def test_exact_match_and_keep_matching_use_the_grader(tmp_path):

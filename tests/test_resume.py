@@ -148,15 +148,18 @@ def test_signals_end_the_run_with_a_checkpoint(whole_run, tmp_path):
         return subprocess.Popen(command, cwd=tmp_path, env=environment, **streams)
 
     with open(tmp_path / "out.txt", "wb") as out:
-        process = begin([*WORDS, "--output-dir", "run"], stdout=out, stderr=subprocess.STDOUT)
+        flags = [*WORDS, "--output-dir", "run", "--overwrite"]
+        process = begin(flags, stdout=out, stderr=subprocess.STDOUT)
     wait_for_checkpoint_after(0, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM
     last_line = said().splitlines()[-1]
     stopped_after = last_checkpoint()
-    assert last_line.startswith(f"stopped after step {stopped_after}; the same command with ")
-    flags = shlex.split(last_line.partition(" with ")[2].removesuffix(" continues"))
-    assert flags == ["--output-dir", "run", "--resume"]
+    flags = ["--output-dir", "run", "--resume"]
+    assert last_line == (
+        f"stopped after step {stopped_after}; the same command with {shlex.join(flags)} and "
+        "without --overwrite continues"
+    )
 
     with open(tmp_path / "err.txt", "wb") as err:
         process = begin([*WORDS, *flags], stdout=subprocess.PIPE, stderr=err)
@@ -239,6 +242,15 @@ def test_old_checkpoints_are_removed_and_corrupt_ones_named(whole_run, tmp_path)
     in_process(run, resume=True, save_total_limit=1)
     assert_same(run, whole_run)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [last]
+
+
+def test_checkpoints_are_ordered_by_their_steps(tmp_path):
+    run = object.__new__(common.Run)
+    run.directory = tmp_path
+    for step in (1_000_000, 999_800, 200):
+        common.write_json(tmp_path / f"checkpoints/step-{step:06}/state.json", {})
+    found = [path.name for path in run._checkpoints()]
+    assert found == ["step-000200", "step-999800", "step-1000000"]
 
 
 def test_dropout_is_the_same_after_a_resume(tokenizer, tmp_path, monkeypatch):

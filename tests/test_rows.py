@@ -247,6 +247,10 @@ def test_directories_of_save_to_disk_and_nulls_of_arrow(tmp_path: Path, models):
             f"{CALLED}<|im_end|>", '[call say {"text": "hm"}]<|im_end|>'
         ]  # fmt: skip
     assert len(common.load_conversations(str(tmp_path / "two"), split="test")) == 1
+    two = {"dataset": str(tmp_path / "two"), "eval_dataset": str(tmp_path / "two")}
+    for split, size in (("train", 2), ("test", 1)):
+        args = common.CommonArguments(**two, eval_split=split)
+        assert [len(part) for part in common.load_data(args)] == [2, size]
     with pytest.raises(UsageError, match=r"cannot load .*two.*dev"):
         common.load_conversations(str(tmp_path / "two"), split="dev")
     (tmp_path / "rows.ndjson.gz").write_bytes(gzip.compress(b'{"prompt": "q"}\n'))

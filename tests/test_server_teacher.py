@@ -504,6 +504,14 @@ def test_bad_text_is_no_answer(name, serve, tmp_path, monkeypatch, capsys):
     assert [a.finished is None for a in answers] == [False, False, True, False]
     assert all(isinstance(a, Completion) and len(a.ids) <= 3 for a in answers if a.ids)
     assert "\n  row 2: " in capsys.readouterr().out
+    args.sampling_temperature = 0.0
+    examples = common.make_examples(prompts, common.Pair(teacher.reader, teacher), args)
+    learned = [[e.student.ids[i] for i in e.student.targets] for e in examples]
+    assert learned == [answers[i].ids for i in (0, 1, 3)]
+    stub.trouble = lambda body, n, reply: BAD_TEXT[name](reply) if "seed" in body else reply
+    args.sampling_temperature = 1.0
+    with pytest.raises(UsageError, match="no training prompt got an answer"):
+        common.make_examples(prompts, common.Pair(teacher.reader, teacher), args)
 
 
 def test_processed_log_probabilities_are_refused(serve, tmp_path):
@@ -660,6 +668,7 @@ def test_killed_while_log_probabilities_are_fetched(pair, tmp_path):
 
 REFUSED = [
     (token_level, {"temperature": 2.0}, "--temperature must be 1 with --api-base-url"),
+    (token_level, {"teacher_device_map": "auto"}, "--teacher-device-map is for a teacher that is"),
     (token_level, {"teacher": "x"}, "--teacher is for a teacher that is loaded here"),
     (on_policy, {"teacher_dtype": "bfloat16"}, "--teacher-dtype is for a teacher that is loaded"),
     (on_policy, {"temperature": 2.0}, "--temperature must be 1 with --api-base-url"),
