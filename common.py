@@ -45,10 +45,12 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -317,9 +319,9 @@ def launch(main: Callable[[Any], None], kind: type[CommonArguments], description
         ):
             plan(Path(sys.argv[0]).stem, args) if args.plan else main(args)
     except UsageError as problem:
+        print(f"error: {problem}", file=sys.stderr)
         if isinstance(problem, ServerLost) and Run.current:
             Run.current.interrupt()
-        print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -364,7 +366,9 @@ class Conversation:
     def row(self) -> dict[str, Any]:
         """What a grader gets."""
         named = {"messages": self.messages, "references": self.references, "source": self.source}
-        return self.columns | named
+        return (
+            {"response": self.response, "tools": self.options.get("tools")} | self.columns | named
+        )
 
     def prompt_key(self) -> str:
         """Equal for rows that ask the same."""
@@ -431,11 +435,12 @@ def _json_records(source: str) -> Iterator[tuple[str, Any]]:
 def _csv_records(source: str) -> Iterator[tuple[str, Any]]:
     """Every cell is text: a reader that guesses types would turn the word `null` into None."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(_read_text(source), newline=""))
-    for record in reader:
-        if None in record:
-            raise UsageError(f"{source}:{reader.line_num}: more cells than columns")
-        yield f"{source}:{reader.line_num}", {k: v for k, v in record.items() if v}
+    reader = csv.DictReader(io.StringIO(_read_text(source), newline=""), strict=True)
+    with usage_error(f"{source} is no csv file", csv.Error):  # as after a quote that is not closed
+        for record in reader:
+            if None in record:
+                raise UsageError(f"{source}:{reader.line_num}: more cells than columns")
+            yield f"{source}:{reader.line_num}", {k: v for k, v in record.items() if v}
 
 
 def _dataset_records(source: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
@@ -453,9 +458,11 @@ def _dataset_records(source: str, config: str | None, split: str) -> Iterator[tu
             data = datasets.load_from_disk(source)
         else:
             data = datasets.load_dataset(source, config, split=split)
-    for i, row in enumerate(data, 1):
-        text = json.dumps(row, default=str)  # nulls: Arrow gives each object all keys of its column
-        yield f"{source}: row {i}", json.loads(text, object_hook=_without_nulls)
+        # Arrow makes dates of texts that look like some: refused where one would be read.
+        as_json = partial(json.dumps, default=lambda x: {f"{type(x).__name__}, not text": str(x)})
+        for i, text in enumerate(map(as_json, data), 1):
+            # Nulls: Arrow gives each object all keys of its column.
+            yield f"{source}: row {i}", json.loads(text, object_hook=_without_nulls)
 
 
 def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
@@ -472,6 +479,8 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
     if not isinstance(record, dict):
         raise ValueError("a row must be an object with named columns")
     take = functools.partial(_take, record := _without_nulls(record))
+    tools = _parsed(take("tools", "functions") or [], list, "tools must be a list")
+    as_message = functools.partial(_as_message, has_tools=bool(tools))
     turns = take("messages", "conversations", "conversation")
     if turns_hold_answer := turns is not None:  # else a column of its own holds the answer
         turns = _parsed(turns, list, "messages must be a list")
@@ -486,13 +495,13 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
     history = _parsed(take("history") or [], list, rule)
     turns = [text for pair in history for text in _parsed(pair, list, rule)] + turns
     roles = ["user", "assistant"] if all(isinstance(turn, str) for turn in turns) else [None]
-    messages = [_as_message(turn, roles[i % len(roles)]) for i, turn in enumerate(turns)]
+    messages = [as_message(turn, roles[i % len(roles)]) for i, turn in enumerate(turns)]
     if turns_hold_answer and messages and messages[-1]["role"] == "assistant":
         answers = [messages.pop()]
     else:
         answers = take("completion", "response", "output", "answer", "solution")
         answers = answers if isinstance(answers, list) else [answers] * (answers is not None)
-        answers = [_as_message(turn, "assistant") for turn in answers]
+        answers = [as_message(turn, "assistant") for turn in answers]
     *between, answer = answers or [None]
     messages += between
     if not messages or messages[-1]["role"] == "assistant":
@@ -507,15 +516,16 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
         references = [answer["content"]]
     rule = "chat_template_kwargs must be an object"
     options = _parsed(take("chat_template_kwargs") or {}, dict, rule)
-    if tools := _parsed(take("tools", "functions") or [], list, "tools must be a list"):
+    if tools:
         options = options | {"tools": [_as_function(tool) for tool in tools]}
     unused.update(record.keys())
     references = [_as_text(r) for r in references]
     return Conversation(messages, answer, references, source, options, record)
 
 
-def _as_message(turn: Any, role: str | None) -> Message:
-    """A turn, without its nulls; `role` is that of a turn which is only text."""
+def _as_message(turn: Any, role: str | None, has_tools: bool) -> Message:
+    """A turn, without its nulls; `role` is that of a turn which is only text. ShareGPT's calls of
+    tools are text: if their tools are given too, a template prints both in its own way."""
     turn = {"role": role, "content": turn} if isinstance(turn, str) else turn
     if not isinstance(turn, dict):
         raise ValueError("a turn must be text, or an object with role and content")
@@ -524,8 +534,13 @@ def _as_message(turn: Any, role: str | None) -> Message:
     key = str(name).strip().lower()
     role = next((role for role, names in ROLES.items() if key in names.split()), None)
     if role is None:
-        raise ValueError(f"the role of a turn is {name!r}, none of {' '.join(ROLES.values())}")
+        known = " ".join(ROLES.values())
+        raise ValueError(f"the role of a turn is {name!r}, none of {known}: {str(turn)[:80]}")
     content, calls = take("content", "value"), take("tool_calls", "function_call")
+    with contextlib.suppress(TypeError, ValueError):
+        if calls is None and has_tools and key in {"function_call", "tool_call"}:
+            calls, content = json.loads(content), ""
+        calls = json.loads(calls)
     if content is None and not calls:
         raise ValueError(f"the content of a {role} turn is null or missing")
     if isinstance(content, list):
@@ -628,12 +643,15 @@ GRADER_SECONDS = 10.0  # for one call of a user's function
 
 
 def final_text(text: str) -> str:
-    """An answer without the reasoning before it."""
-    return text.rpartition("</think>")[2]
+    """An answer without the reasoning before it; "" if that has no end."""
+    _, closed, answer = text.rpartition("</think>")
+    return answer if closed or "<think>" not in answer else ""
 
 
 def _last_number(text: str) -> float | None:
-    numbers = re.findall(r"(?:(?<!\d)[-−])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", text)
+    text = re.sub(r"\{,\}|\\[,!]", "", text)  # LaTeX: 10{,}000
+    whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+    numbers = re.findall(rf"(?:(?<!\d)[-−])?(?:{whole}(?:\.\d+)?|\.\d+)", text)
     return float(numbers[-1].replace("−", "-").replace(",", "")) if numbers else None
 
 
@@ -642,8 +660,8 @@ def _chosen_letter(text: str) -> str | None:
     alone."""
     text = text.replace("*", "").strip()
     for pattern in (
+        r".*\b[Aa]nswer(?:\s+is\b|\s*:)\W*(?:option\W+)?([A-H])\b",
         r"\(?([A-H])(?:[).:,]|$)",
-        r".*\b[Aa]nswer\W+(?:is\W+)?([A-H])\b",
         r".*\b([A-H])\b",
     ):
         if found := re.match(pattern, text, re.DOTALL):
@@ -697,27 +715,31 @@ def load_grader(name: str) -> Grader:
     return grade
 
 
+class TooLong(BaseException):
+    """Ends a grader; not an Exception, which the grader itself could catch."""
+
+
 class FunctionGrader:
     """A user's function. Its exceptions, and calls that last too long, count as wrong answers."""
 
     def __init__(self, name: str) -> None:
         path, _, attribute = name.rpartition(":")
         with usage_error(f"--grader {name} is no FILE.py:FUNCTION", Exception):
-            spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+            spec = importlib.util.spec_from_file_location(f"grader_{Path(path).stem}", path)
             sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             self.function = getattr(module, attribute)
         self.name, self.failures = name, list[str]()
 
     def _stop(self, *_: Any) -> None:
-        raise TimeoutError(f"it ran for more than {GRADER_SECONDS:g} seconds")
+        raise TooLong(f"it ran for more than {GRADER_SECONDS:g} seconds")
 
     def __call__(self, text: str, row: dict[str, Any]) -> bool:
         before = signal.signal(signal.SIGALRM, self._stop)
         signal.setitimer(signal.ITIMER_REAL, GRADER_SECONDS)
         try:
             return bool(self.function(text, row))
-        except Exception as problem:
+        except (Exception, TooLong) as problem:
             self.failures.append(f"{row['source']}: {type(problem).__name__}: {problem}")
             if len(self.failures) == 1:
                 line = f"--grader {self.name} failed, counted as wrong: {self.failures[0]}"
@@ -1406,7 +1428,7 @@ def fill_weights(model: nn.Module, source: nn.Module, dtype: torch.dtype | None 
 
 # Llama 3.2's template prints today's date, which would change every cache key each day.
 FIXED_DATE = "26 Jul 2024"
-_FIXED_CLOCK = "{% macro strftime_now(format) %}" + FIXED_DATE + "{% endmacro %}"
+_FIXED_CLOCK = "{% macro strftime_now(format) %}" + FIXED_DATE + "{% endmacro %}\n"
 
 Spans = list[tuple[int, int]]
 Item = TypeVar("Item")
@@ -1580,8 +1602,10 @@ def assistant_spans(
     template = tokenizer.get_chat_template(tools=options.get("tools"))
     if "generation" in template.replace("add_generation_prompt", ""):
         text, spans = _render(tokenizer, messages, return_assistant_tokens_mask=True, **options)
+        asked = [render(tokenizer, messages[:-1], prompt=p, **options) for p in (True, False)]
+        cue = asked[0].removeprefix(asked[1])  # some templates mark it too
         if spans:
-            return text, spans
+            return text, [(a + len(cue) * text.startswith(cue, a), b) for a, b in spans]
     text, spans = render(tokenizer, messages, **options), []
     for i, message in enumerate(messages):
         # What the assistant says before the user does has no prompt that a template could render.
@@ -1589,6 +1613,8 @@ def assistant_spans(
         if message["role"] == "assistant" and asked:
             before = render(tokenizer, messages[:i], prompt=True, **options)
             after = render(tokenizer, messages[: i + 1], **options)
+            if not text.startswith(after):  # an end of text may follow the last turn alone
+                after = after.removesuffix(tokenizer.eos_token or "")
             located = text.startswith(before) and text.startswith(after)
             spans.append((len(before), len(after)) if located else (0, 0))
     return text, [(a, b) for a, b in spans[0 if all(b for _, b in spans) else -1 :] if a < b]
@@ -1647,6 +1673,9 @@ def tokenize_conversation(model: LanguageModel, messages: list[Message], **optio
     for start, stop in spans:
         inside = [i for i, begin in enumerate(begins) if start <= begin < stop]
         ends = [i for i in inside if ids[i] in model.end_ids]
+        # An end of text that follows the end of the last turn is no target.
+        while ends[1:] and not model.tokenizer.decode(ids[ends[-2] + 1 : ends[-1]]).strip():
+            ends.pop()
         if ends:  # white space that a template prints after the end of a turn is no target
             inside = [i for i in inside if i <= ends[-1]]
         elif inside and inside[-1] + 1 < len(ids) and ids[inside[-1] + 1] in model.end_ids:
@@ -1676,7 +1705,9 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
 
     def read_by(model: LanguageModel) -> list[tuple[list[int], str]]:
         texts, unused, sides = [], Counter(), []
-        words = set(re.findall(r"\w+", json.dumps(model.tokenizer.chat_template)))
+        template = model.tokenizer.chat_template  # or several, by name
+        texts_of = template.values() if isinstance(template, dict) else [template]
+        words = set(re.findall(r"\w+", " ".join(texts_of)))
         words |= {"reasoning_content"} if "thinking" in words else set()  # its other name
         for c in conversations:
             with usage_error(c.source, UsageError, TypeError):  # TypeError: a reserved option
@@ -1722,7 +1753,8 @@ def make_examples(prompts: list[Prompt], pair: Pair, args: CommonArguments) -> l
             raise UsageError("no training prompt got an answer")
         prompts, completions = zip(*both, strict=True)
         examples = completion_examples(prompts, completions, pair, args.max_length)
-        cut = sum(not c.finished for c in completions)
+        ends = [e.student.ids[e.student.targets[-1]] if e.student.targets else -1 for e in examples]
+        cut = sum(end not in pair.student.end_ids for end in ends)
     else:
         examples, cut = dataset_examples(prompts, pair, args.max_length)
     tokens = sum(len(e.student.targets) for e in examples)
@@ -1745,6 +1777,8 @@ def completion_examples(
         text, written, sides = completion.text, completion.ids, []
         if written is None:  # by an API or in a data set, where answers are whole
             text = after_tag(whole_answer(text), prompt.given)
+        elif not (shared or completion.finished):  # it may have been cut inside a character
+            text = text.rstrip("\ufffd")
         for model, ids in zip(pair.readers, (prompt.student, prompt.teacher), strict=False):
             response = written if shared or model is not pair.student else None
             if response is None:
@@ -1779,6 +1813,10 @@ def dataset_examples(
                 answer = Completion(_unrendered(response), True, 0, None)
                 (example,) = completion_examples([prompt], [answer], pair, sys.maxsize)
                 sides = [example.student, example.teacher]
+        begins = [sorted({*ts} - {t + 1 for t in ts}) for _, ts in sides]  # of each turn
+        if not shared and len(begins[0]) != len(begins[1]):  # one template rewrites earlier turns
+            both = zip(sides, begins, strict=True)
+            sides = [Tokens(ids, [t for t in ts if t >= turns[-1]]) for (ids, ts), turns in both]
         answers = [[side.ids[i] for i in side.targets] for side in sides]
         if shared and answers[0] != answers[1]:
             raise UsageError(
@@ -2074,7 +2112,9 @@ def cached_completions(
                 nonlocal tokens
                 messages = prompts[missing[key]].conversation.messages
                 line = {"key": key, "messages": messages, **completion._asdict()}
-                file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+                data = (json.dumps(line, ensure_ascii=False) + "\n").encode()
+                if file.write(data) < len(data):  # then the next run removes what was written
+                    raise OSError(f"no room for a line of {path}")
                 tokens += completion.length
                 speed = f"{tokens / (time.perf_counter() - began):.0f}"
                 bar.set_postfix(tokens_per_second=speed, refresh=False)
@@ -2125,7 +2165,8 @@ def save_tensors(path: Path, **tensors: Tensor | None) -> None:
     """Write a safetensors file and rename it, so that `path` is never partial."""
     part = path.with_name(path.name + ".part")
     given = {name: t for name, t in tensors.items() if t is not None}
-    save_file({name: t.detach().cpu().contiguous() for name, t in given.items()}, part)
+    with usage_error(f"cannot write {path}", SafetensorError):  # a full disk
+        save_file({name: t.detach().cpu().contiguous() for name, t in given.items()}, part)
     os.replace(part, path)
 
 
@@ -2138,6 +2179,11 @@ def progress(title: str, total: int, done: int = 0) -> tqdm:
     """A bar on the main process's terminal; none where output is not a terminal."""
     disable = None if PartialState().is_main_process else True  # None: tqdm asks the terminal
     return tqdm(total=total, initial=done, desc=title, disable=disable, dynamic_ncols=True)
+
+
+@functools.lru_cache(maxsize=4096)  # a process may map some 65 000 files
+def _open(path: Path) -> Any:
+    return safe_open(path, "pt")
 
 
 class TeacherHiddenStates:
@@ -2177,17 +2223,17 @@ class TeacherHiddenStates:
         if live or self.directory is None:
             return teacher_hidden_states(self.teacher, examples, top if live else None)
         keys = [self.keys[e.index] for e in examples]
-        parts = [self.files[key].get_tensor(key) for key in keys]
+        parts = [_open(self.files[key]).get_tensor(key) for key in keys]
         empty = torch.empty(0, self.width, dtype=self.teacher.compute_dtype)
         return to_device(torch.cat([empty, *parts]), self.teacher.device)
 
-    def _list(self) -> dict[str, Any]:
-        """The open file that holds each key."""
+    def _list(self) -> dict[str, Path]:
+        """The file that holds each key."""
         files = {}
         for path in sorted(self.directory.glob("states-*.safetensors")):
-            with usage_error(f"{path} is corrupt, delete the file", SafetensorError):
-                file = safe_open(path, "pt")
-                files |= dict.fromkeys(file.keys(), file)
+            damaged = usage_error(f"{path} is corrupt, delete the file", SafetensorError)
+            with damaged, safe_open(path, "pt") as file:
+                files |= dict.fromkeys(file.keys(), path)
         return files
 
     def _fill(self, examples: dict[str, Example], purpose: str) -> None:
@@ -2369,6 +2415,7 @@ class Server:
                 status = problem.status_code
                 reason = f"({status}) {self.scrubbed(problem)}"
                 passes = status >= 500 or status in {408, 409, 429}
+                self.lost |= status in {502, 503, 504}  # of a proxy before a server that restarts
                 if not passes or problem.code == "insufficient_quota":
                     raise NoAnswer(reason, status) from None
                 after = problem.response.headers.get("retry-after", "")  # seconds, or a date
@@ -2453,7 +2500,10 @@ class ServerTeacher(Server):
         if not ids or not all(0 <= i < self.reader.vocabulary for i in ids):
             raise ValueError(f"token_ids {ids}")
         finished = ids[-1] in self.reader.end_ids
-        if reason != ("stop" if finished else "length"):
+        if reason == "abort":  # the server stops, and may come back with its first weights
+            self.lost = True
+            raise ValueError("finish_reason abort")
+        if reason not in ({"stop", "length"} if finished else {"length"}):
             last = tokenizer.convert_ids_to_tokens(ids[-1])
             return Completion(f"finish_reason {reason} after {last}", None, 0, None)
         text = tokenizer.decode(ids[: len(ids) - finished], clean_up_tokenization_spaces=False)
@@ -2594,6 +2644,21 @@ def in_step(work: Callable[[], Item]) -> Item:
     return result
 
 
+def in_background(work: Callable[..., Item], *inputs: Any) -> Callable[[], Item]:
+    """Start `work(*inputs)`, and return what waits for its result. The thread does not keep a
+    process from ending, as those of an executor do."""
+    future: Future[Item] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(*inputs))
+        except BaseException as problem:
+            future.set_exception(problem)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result
+
+
 class RolloutServer(ServerTeacher):
     """A vLLM server of the student, which writes its text.
 
@@ -2621,7 +2686,8 @@ class RolloutServer(ServerTeacher):
             if not PartialState().is_main_process:
                 return
             if not self.texts:
-                args = dataclasses.replace(self.args, max_new_tokens=32)
+                few = min(32, self.args.max_new_tokens)
+                args = dataclasses.replace(self.args, max_new_tokens=few)
                 written = generate(self.student, prompts, range(len(prompts)), args, 1.0)
                 self.texts = [with_response(prompts[i], answer.ids) for i, answer in written]
                 self._update(wrong=True)  # the server may hold the right ones without any help
@@ -2646,7 +2712,8 @@ class RolloutServer(ServerTeacher):
         elif not lora:  # vLLM reloads a tied head only if the file has it too
             first = {t.data_ptr(): n for n, t in reversed(weights.items())}
             weights = {n: t if first[t.data_ptr()] == n else t.clone() for n, t in weights.items()}
-        with usage_error(f"cannot write in {self.directory}", OSError, RuntimeError, ValueError):
+        kinds = OSError, RuntimeError, ValueError, SafetensorError
+        with usage_error(f"cannot write in {self.directory}", *kinds):
             self.directory.mkdir(parents=True, exist_ok=True)
             if lora:
                 student.adapters.peft_config["default"].save_pretrained(self.directory)
@@ -2696,9 +2763,10 @@ class RolloutServer(ServerTeacher):
         """The student's answers; what seeds each prompt stands before it."""
 
         async def work(client: Any, item: tuple[Any, Prompt]) -> None:
-            request = self.request(*item, temperature)
+            prompt = item[1]._replace(teacher=item[1].student)  # the ids that the server is given
+            request = self.request(item[0], prompt, temperature)
             try:
-                answer = await self.ask(client, request, partial(self.completion, item[1]))
+                answer = await self.ask(client, request, partial(self.completion, prompt))
             except NoAnswer as problem:
                 if self.lost and problem.status == 404:
                     return  # it has been started anew, and has lost its adapter
@@ -3051,6 +3119,7 @@ class Evaluator:
             p.conversation.row() | {"references": p.conversation.references or [c.text]}
             for p, c in zip(prompts, greedy, strict=True)
         ]
+        self.given = [p.given for p in prompts]
         self.unreferenced = sum(not p.conversation.references for p in prompts)
         examples = completion_examples(prompts, samples, pair, args.max_length)
         self.examples = my_share(examples)
@@ -3086,11 +3155,13 @@ class Evaluator:
         return gathered(tallies)
 
     def _answer_tally(self, i: int, answer: Completion) -> Tally:
-        words, row = final_text(answer.text).split(), self.rows[i]
+        # What continues a prompt may continue reasoning that the prompt has opened.
+        text = self.given[i] * (answer.ids is not None) + answer.text
+        words, row = final_text(text).split(), self.rows[i]
         references = [final_text(reference).split() for reference in row["references"]]
         edits, length = min((edit_distance(words, r), len(r)) for r in references)
         tally = {"prompts": 1, "edits": edits, "reference_words": length, "answer": answer.text}
-        tally["exact"] = self.grade(answer.text, row)
+        tally["exact"] = self.grade(text, row)
         return tally | {"response_tokens": answer.length, "cut_off": not answer.finished}
 
     def _add_likelihoods(
@@ -3138,7 +3209,8 @@ def compare(
         logprobs = log_softmax_with_temperature(student[rows])
         values = {"logprob": logprobs.gather(1, targets[rows, None])[:, 0]}
         if isinstance(teacher, TopLogprobs):
-            theirs = teacher[rows]
+            parts_of = (teacher.ids[rows], teacher.logprobs[rows])  # kept on the CPU
+            theirs = TopLogprobs(*(part.to(logprobs.device) for part in parts_of))
             best = theirs.ids.gather(1, theirs.logprobs[:, :-1].argmax(-1, keepdim=True))[:, 0]
             values["agree"] = (logprobs.argmax(-1) == best).float()
             both = outcomes(logprobs, theirs.ids, theirs.logprobs)[:2]
@@ -3380,7 +3452,8 @@ class Run:
         if not self.args.resume and (directory / "args.json").exists():
             if not self.args.overwrite:  # it was written after `start` looked
                 raise UsageError(f"another run has used --output-dir {directory} meanwhile")
-            for path in set(directory.iterdir()) - {directory / ".lock"}:
+            left = set(directory.iterdir()) - {directory / ".lock"}
+            for path in sorted(left, key=lambda path: path.name == "args.json"):  # which allows it
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return directory
 
@@ -3390,8 +3463,8 @@ class Run:
         return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
 
     def _corrupt(self) -> contextlib.AbstractContextManager[None]:
-        advice = "delete it, and --resume continues from the one before"
-        return usage_error(f"the checkpoint {self.checkpoint} is corrupt, {advice}", Exception)
+        advice = "if it is corrupt, delete it, and --resume continues from the one before"
+        return usage_error(f"cannot load the checkpoint {self.checkpoint} ({advice})", Exception)
 
     def resume(self, steps: int) -> int:
         """Load the newest checkpoint, if any; returns the first step to run.
@@ -3775,7 +3848,7 @@ def memory_of_run(
     length = min(args.max_length, longest_prompt + written)
     models = [dataclasses.replace(model) for model in (student, teacher) if model]
     for model in models:  # with weights that have no data
-        dtype = torch.float32 if model.name == args.student else model.compute_dtype
+        dtype = torch.float32 if model is models[0] else model.compute_dtype
         with torch.device("meta"), usage_error(f"no plan for {model.name}", *LOADING_ERRORS):
             model.model = AutoModelForCausalLM.from_config(
                 model.config, dtype=dtype, attn_implementation=args.attn_implementation

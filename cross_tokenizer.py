@@ -80,7 +80,7 @@ class Arguments(CommonArguments):
         if self.api_base_url and (self.loss, self.temperature) != ("hybrid", 1):
             raise common.UsageError("--api-base-url needs --loss hybrid and --temperature 1")
         smallest = min(pair.readers, key=lambda model: model.vocabulary)
-        if not 2 <= self.top_k <= smallest.vocabulary:
+        if self.loss == "uld" and not 2 <= self.top_k <= smallest.vocabulary:
             limits = f"from 2 to {smallest.vocabulary}, the vocabulary of {smallest.name}"
             raise common.UsageError(f"--top-k {self.top_k} must be {limits}")
         if self.loss != "uld" and "top_k" in common.changed_flags(self):
@@ -122,20 +122,22 @@ def token_bytes(model: LanguageModel) -> list[bytes]:
             "tell the bytes that a token stands for: use sequence_level.py"
         )
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    space = " " if byte_level or steps == {"Fuse"} else "▁"
 
     def as_bytes(token: str) -> bytes:
         if byte_level and all(c in byte_of for c in token):
             return bytes(byte_of[c] for c in token)
         if "ByteFallback" in steps and len(token) == 6 and token.startswith("<0x"):
             return bytes.fromhex(token[3:5])
-        return (token if byte_level or steps == {"Fuse"} else token.replace("▁", " ")).encode()
+        return token.replace(space, " ").encode()
 
     result = [b""] * (max(tokenizer.get_vocab().values()) + 1)
     for token, i in tokenizer.get_vocab().items():
         result[i] = as_bytes(token)
     for i, added in tokenizer.added_tokens_decoder.items():
-        result[i] = (END if added.special else b"") + added.content.encode()
-    for i in model.end_ids:
+        text = added.content.encode()
+        result[i] = END + text if added.special else text.replace(space.encode(), b" ")
+    for i in filter(range(len(result)).__contains__, model.end_ids):
         result[i] = END
     return result[: model.vocabulary]
 
@@ -192,8 +194,7 @@ class Turn(NamedTuple):
 
     def boundaries(self) -> list[tuple[int, int]]:
         """The pairs where both models begin a token."""
-        ours, theirs = self.begins
-        return [(i, j) for i, j in self.pairs() if ours[i] == theirs[j]]
+        return [(i, j) for i, j in self.pairs() if self.begins[0][i] == self.begins[1][j]]
 
     def bytes_read(self, i: int, j: int) -> tuple[bytes, bytes]:
         """How much of each token precedes the place of this pair: b"" if the token begins there."""
@@ -213,21 +214,22 @@ class Turn(NamedTuple):
             yield i, j
 
 
-def turns(example: Example, vocabularies: Sequence[Vocabulary]) -> list[Turn]:
+def turns(example: Example, vocabularies: Sequence[Vocabulary]) -> Iterator[Turn]:
     """The assistant turns of an example, as far as both models have them."""
-    sides = []
-    both = example.student, example.teacher
+    sides, both = [], (example.student, example.teacher)
     for (ids, targets), vocabulary in zip(both, vocabularies, strict=True):
         runs = itertools.groupby(enumerate(targets), key=lambda target: target[1] - target[0])
         runs = [list(run) for _, run in runs]  # of consecutive positions
         sides.append([(run[0][0], [vocabulary.tokens[ids[p]] for _, p in run]) for run in runs])
-    result = []
     for turn in zip(*sides, strict=False):  # one model's text may have been cut earlier
         first, tokens = zip(*turn, strict=True)
         texts = [b"".join(side) for side in tokens]
-        # SentencePiece and some templates put a space before the text; the offsets leave it out.
-        spaces = [len(text) - len(text.lstrip(b" ")) for text in texts]
-        extra = [n - min(spaces) for n in spaces]
+        # SentencePiece and some templates put a space before the text, or a prompt ends inside its
+        # first token. The offsets leave out what only one text begins with.
+        begin = [len(text) - len(text.lstrip(b" ")) for text in texts]
+        if all(text.endswith(min(texts, key=len)) for text in texts):  # none was cut
+            begin = [len(text) for text in texts]
+        extra = [n - min(begin) for n in begin]
         begins = tuple(
             [max(0, offset) for offset in itertools.accumulate(map(len, side), initial=-n)]
             for side, n in zip(tokens, extra, strict=True)
@@ -235,8 +237,7 @@ def turns(example: Example, vocabularies: Sequence[Vocabulary]) -> list[Turn]:
         texts = [text[n:] for text, n in zip(texts, extra, strict=True)]
         differences = (n for n, (x, y) in enumerate(zip(*texts, strict=False)) if x != y)
         same = next(differences, min(map(len, texts)))
-        result.append(Turn(first, tokens, begins, same))
-    return result
+        yield Turn(first, tokens, begins, same)
 
 
 # ------------------------------------------------------------------------------------ outcomes
@@ -367,8 +368,7 @@ class Alignments:
 
     def _align(self, example: Example) -> Tensor:
         """(P, 3): index of the student's target, index of the teacher's target, context."""
-        uld = self.objective.loss == "uld"
-        pairs, compared = [], set()
+        uld, pairs, compared = self.objective.loss == "uld", [], set()
         for turn in turns(example, self.vocabularies):
             self.totals["boundaries"] += len(turn.boundaries())
             for i, j in turn.nearest() if uld else turn.pairs():
@@ -398,8 +398,8 @@ class Alignments:
         n, m, _ = starts[-1].tolist()
         student_size, teacher_size = (len(v.tokens) for v in self.vocabularies)
         widest = max(student_size, teacher_size * m // max(1, n))
-        chunks = common.chunks(n, 4 * widest, self.device)  # autograd keeps several arrays
-        return [self._piece(pairs, rows) for rows in chunks]
+        # Four times, because autograd keeps several arrays.
+        return [self._piece(pairs, rows) for rows in common.chunks(n, 4 * widest, self.device)]
 
     def _piece(self, pairs: Tensor, rows: slice) -> Piece:
         pairs = pairs[(pairs[:, 0] >= rows.start) & (pairs[:, 0] < rows.stop)]
@@ -447,7 +447,7 @@ class Alignments:
     def summary(self, example: Example, width: int = 100) -> str:
         """The example's last turn, the student's tokens above the teacher's; then `report`."""
         numbers = ", ".join(f"{name} {value:.3f}" for name, value in self.report().items())
-        turn = next(reversed(turns(example, self.vocabularies)), None)
+        *_, turn = [None, *turns(example, self.vocabularies)]
         if turn is None:
             return f"  (an empty response)\nalignment: {numbers}"
         starts, lines = turn.boundaries(), ["  student ", "  teacher "]

@@ -28,7 +28,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -232,7 +231,7 @@ class Rollouts:
         with student.evaluating():
             if self.server:
                 self.server.publish(prompts[:8])
-                wait = ThreadPoolExecutor(1).submit(self.server.write, mine, temperature).result
+                wait = common.in_background(self.server.write, mine, temperature)
             else:
                 seeds = [common.row_seed(args.seed, "rollout", *key) for key in keys]
                 written = sorted(common.generate(student, prompts, seeds, args, temperature))

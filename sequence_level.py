@@ -128,7 +128,12 @@ def select(
     kept: list[Example] = []
     counts = Counter(written=len(answers), kept=0, cut_short=0, too_long=0, empty=0, duplicates=0)
     known, grade = set(), common.load_grader(args.grader)
-    for example, answer in zip(examples, answers, strict=True):
+    mine = common.my_share(range(len(answers)))  # a user's function may judge otherwise elsewhere
+    mine = [i for i in mine if args.keep_matching and answers[i].finished]
+    rows = (examples[i].prompt.conversation.row() for i in mine)
+    judged = [(i, grade(answers[i].text, row)) for i, row in zip(mine, rows, strict=True)]
+    right = dict(common.gather_object(judged))
+    for i, (example, answer) in enumerate(zip(examples, answers, strict=True)):
         conversation = example.prompt.conversation
         row = (conversation.prompt_key(), answer.text)
         if answer.finished is None:
@@ -137,9 +142,9 @@ def select(
             counts["cut_short"] += 1
         elif len(example.student.ids) > args.max_length:
             counts["too_long"] += 1
-        elif not answer.text.strip():
+        elif not common.final_text(answer.text).strip():
             counts["empty"] += 1
-        elif args.keep_matching and not grade(answer.text, conversation.row()):
+        elif args.keep_matching and not right[i]:
             counts["not_matching"] += 1
         elif row in known:
             counts["duplicates"] += 1
@@ -255,6 +260,8 @@ class ApiTeacher(common.Server):
         length = (reply.get("usage") or {}).get("completion_tokens")
         if reason not in FINISHED | CUT or (message.get("refusal") and not text):
             return Completion(self.scrubbed(f"{reason}: {json.dumps(message)}"), None, 0, None)
+        if reason == "abort":
+            raise ValueError("finish_reason abort")
         if not isinstance(length, int):
             length = len(common.tokenize(self.reader.tokenizer, text)[0])
         return Completion(text, reason in FINISHED, length, None)
@@ -268,7 +275,8 @@ def main(args: Arguments) -> None:
         student = common.load_student(args, accelerator.device)
         pair = common.Pair(student, ApiTeacher(args, student))
     else:
-        student, _ = pair = common.load_pair(args, accelerator.device)
+        pair = common.load_pair(args, accelerator.device)
+        student = pair.student
     prompts = common.tokenize_prompts(train, pair, args.max_length)
     evaluation = common.tokenize_prompts(held_out, pair, args.max_length)
 

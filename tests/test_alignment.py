@@ -7,10 +7,20 @@ import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 import common
@@ -24,7 +34,6 @@ from cross_tokenizer import (
     Turn,
     Vocabulary,
     token_bytes,
-    turns,
 )
 
 MODELS = Path(os.environ.get("DISTIL_REAL_MODELS", "nowhere"))
@@ -179,6 +188,10 @@ def brute_force(ours: list[int], theirs: list[int]) -> list[tuple[int, int]]:
     return [(holding(ours, p), holding(theirs, p)) for p in places]
 
 
+def turns(*given: Any) -> list[Turn]:
+    return list(cross_tokenizer.turns(*given))
+
+
 def align(ours: list[int], theirs: list[int]) -> list[tuple[int, int]]:
     """The pairs of a turn whose tokens end at these bytes, in the same text on both sides."""
     return Turn((0, 0), ([], []), ([0, *ours], [0, *theirs]), max(ours + theirs)).pairs()
@@ -215,6 +228,44 @@ def test_tokens_stand_for_the_bytes_of_their_text(sides, name):
     special = [model.tokenizer.convert_tokens_to_ids(t) for t in SPECIAL[:2]]
     assert [spelled[i] for i in special] == [END + b"<pad>", END + b"<s>"]
     assert spelled[model.end_ids[0]] == END
+
+
+def test_added_tokens_that_are_spaces():
+    """As Gemma's: runs of ▁ that are no special tokens, and stand for spaces."""
+    raw = sentencepiece(300, [*SPECIAL, "<done>"])
+    state = common.json.loads(raw.to_str())
+    state["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    state["pre_tokenizer"] = None
+    raw = Tokenizer.from_str(common.json.dumps(state))
+    raw.add_tokens([AddedToken("▁▁", normalized=False), AddedToken("▁▁▁", normalized=False)])
+    model = wrapped(raw, False, "<done>")
+    spelled = token_bytes(model)
+    ids = [model.tokenizer.convert_tokens_to_ids(t) for t in ("▁▁", "▁▁▁")]
+    assert [spelled[i] for i in ids] == [b"  ", b"   "]
+
+
+def test_an_answer_whose_first_token_begins_in_the_prompt(sides):
+    """The rest of the answer is compared at its own places."""
+    model = sides["byte-level 500"]
+    whole, part = (encoded(model, text) for text in ("the theory of there", "theory of there"))
+    (turn,) = turns(as_example(whole, part), vocabularies(model, model))
+    assert turn.same == len("theory of there") + len(END)
+    tokens = [(turn.tokens[0][i], turn.tokens[1][j]) for i, j in turn.boundaries()]
+    assert tokens[-1] == (END, END) and (b" there", b" there") in tokens
+
+
+def test_an_end_id_without_a_token(sides):
+    model = dataclasses.replace(sides["byte-level 300"], end_ids=[300, 10**6])
+    assert len(token_bytes(model)) == model.vocabulary
+
+
+def test_hybrid_needs_no_large_vocabulary(sides):
+    small = dataclasses.replace(sides["characters 300"])
+    small.vocabulary = 20
+    pair = common.Pair(small, sides["byte-level 300"])
+    assert cross_tokenizer.Arguments().objective(pair).loss == "hybrid"
+    with pytest.raises(common.UsageError, match="--top-k 32 must be from 2 to 20"):
+        cross_tokenizer.Arguments(loss="uld").objective(pair)
 
 
 def assert_covers(example: common.Example, both: list[Vocabulary]) -> None:

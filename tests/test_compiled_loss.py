@@ -179,6 +179,18 @@ def test_products_of_an_odd_vocabulary(on_a_gpu):
     """)
 
 
+def test_a_student_is_compared_with_a_server(on_a_gpu):
+    """The log-probabilities that evaluation keeps on the CPU."""
+    on_a_gpu("""
+    ids = torch.arange(4).repeat(n, 1)
+    teacher = common.TopLogprobs(ids, torch.full((n, 5), 0.2).log())
+    values = common.compare(
+        Logits(states.to(cuda), Head(weight[:size])), ids[:, 0].to(cuda), teacher
+    )
+    assert values["kl"].shape == (n,) and values["kl"].min() >= 0
+    """)
+
+
 def test_a_cast_is_made_once_a_step_and_never_stale(on_a_gpu):
     """By the optimizer, by loading, or by an update that hides its version, as FSDP's does."""
     on_a_gpu("""

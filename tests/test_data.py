@@ -257,6 +257,56 @@ def test_template_that_rewrites_earlier_turns(capsys):
     assert "of 1 of 1 conversations only the last answer is learned" in capsys.readouterr().out
 
 
+def test_marks_around_the_generation_prompt():
+    """SmolLM3's template marks what the prompt gives too, in its last turn also empty reasoning."""
+    marked = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ '<|im_start|>assistant\n<think>\n\n</think>\n' + m.content + '<|im_end|>' }}"
+        "{% endgeneration %}{{ '\n' }}{% else %}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n<think>\n\n</think>\n' }}{% endif %}"
+    )
+    model = as_model(byte_tokenizer(marked))
+    tokens = common.tokenize_conversation(model, talk("ask", "one", "again", "two"))
+    assert runs_of_targets(model, tokens) == ["one<|im_end|>", "two<|im_end|>"]
+
+
+def test_an_end_of_text_after_the_last_turn():
+    """As Phi-3's template prints: all turns are located, and one end token is learned for each."""
+    template = CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+    model = as_model(byte_tokenizer(template, eos="<|eot|>"))
+    model.end_ids = [model.tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|eot|>")]
+    tokens = common.tokenize_conversation(model, talk("ask", "one", "again", "two", "so", "six"))
+    assert runs_of_targets(model, tokens) == [f"{x}<|im_end|>" for x in ("one", "two", "six")]
+
+
+def test_turns_of_two_tokenizers_are_the_same_turns(tokenizer, capsys):
+    """Where one template rewrites earlier turns, neither model learns them."""
+    forgetful, whole = as_model(byte_tokenizer(FORGETFUL)), as_model(tokenizer)
+    turns = talk("ask", "<think>hm</think>yes", "again")
+    for pair in (Pair(forgetful, whole), Pair(whole, forgetful)):
+        prompts = tokenize_prompts([Conversation(turns, answer("N AA"), [], "x:1")], *pair, 300)
+        ((example,), _) = common.dataset_examples(prompts, pair, 300)
+        for model, side in zip(pair, (example.student, example.teacher), strict=True):
+            (text,) = runs_of_targets(model, side)
+            assert text.startswith("N AA")
+        assert "of 1 of 1 conversations only the last answer" in capsys.readouterr().out
+
+
+def test_answers_that_max_length_cuts_are_counted(tiny, tmp_path, capsys):
+    model = as_model(byte_tokenizer(CHATML))
+    rows = [Conversation(talk("ask"), None, [], f"x:{i}") for i in range(3)]
+    prompts = tokenize_prompts(rows, model, model)
+    texts = ["short", "a long answer that does not fit", "unfinished"]
+    answers = [completion_of(model, text, finished=text != "unfinished") for text in texts]
+    teacher = copy.copy(model)
+    teacher.complete = lambda *_, **__: answers
+    args = common.CommonArguments(max_length=len(prompts[0].student) + 12)
+    common.make_examples(prompts, Pair(model, teacher), args)
+    assert "; 2 responses cut" in capsys.readouterr().out
+
+
 def test_text_of_both_kinds_of_completions():
     """Every assistant turn under `dataset`, the final one under `teacher`; a cut has no end."""
     model, long = as_model(byte_tokenizer(CHATML)), "a response that is cut, as it is too long"

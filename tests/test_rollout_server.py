@@ -101,6 +101,16 @@ def assert_equal_runs(ours: Path, theirs: Path) -> None:
     assert ours == {name: pytest.approx(value, rel=1e-3) for name, value in theirs.items()}
 
 
+def test_the_server_reads_the_students_prompt(rollouts, tmp_path):
+    """Not the teacher's, whose chat template is another one here."""
+    stub, flags = rollouts
+    place = Path(flags["teacher"]) / "chat_template.jinja"
+    place.write_text("{{ 'Be kind. ' }}" + place.read_text())
+    run_in_process(on_policy, **flags)
+    run_in_process(on_policy, **served(stub, flags, tmp_path))
+    assert_equal_runs(flags["output_dir"], tmp_path / "served")
+
+
 @pytest.mark.parametrize("lora", [0, 64])
 def test_a_server_writes_what_the_student_writes(lora, rollouts, tmp_path):
     """Greedy text and all that follows from it are those of the suite's own generator."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -135,7 +137,7 @@ def test_what_is_selected(tiny):
     talks = [talk("a", "A B"), talk("b", "B"), talk("a", "A B")]
     said = [
         ("A B", True), ("A  B ", True),  # equal words, another text: kept
-        ("B", False), (" \n", True),  # cut, empty
+        ("B", False), ("<think>\nwhat?\n</think>\n\n", True),  # cut; empty but for its reasoning
         ("A B", True), ("A " * 300, True),  # the first row's answer again, too long
     ]  # fmt: skip
     answers = [Completion(text, finished, 3, None) for text, finished in said]
@@ -253,6 +255,25 @@ def test_the_text_is_that_of_the_other_scripts(whole_run, tmp_path):
         sampling_temperature=sequence_level.Arguments.sampling_temperature,
     )  # fmt: skip
     assert text_lines(whole_run.parent / "cache") == before
+
+
+def test_the_teacher_is_freed_before_training(tmp_path, monkeypatch):
+    loaded: list[str] = []
+    total_steps = common.total_steps
+
+    def look(*args: Any) -> int:
+        gc.collect()
+        models = (x for x in gc.get_objects() if isinstance(x, common.LanguageModel) and x.loaded)
+        loaded.extend(model.name for model in models if str(tmp_path) in model.name)
+        return total_steps(*args)
+
+    monkeypatch.setattr(common, "total_steps", look)
+    models = {}
+    for role in ("teacher", "student"):
+        models[role] = str(tmp_path / role)
+        shutil.copytree(common.DATA / role, models[role])
+    in_process(sequence_level, tmp_path / "run", max_rows=8, max_steps=1, **models)
+    assert loaded == [models["student"]]
 
 
 def test_more_samples_begin_with_the_one_that_others_find(tmp_path):

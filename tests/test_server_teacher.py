@@ -504,6 +504,7 @@ def test_bad_text_is_no_answer(name, serve, tmp_path, monkeypatch, capsys):
     assert [a.finished is None for a in answers] == [False, False, True, False]
     assert all(isinstance(a, Completion) and len(a.ids) <= 3 for a in answers if a.ids)
     assert "\n  row 2: " in capsys.readouterr().out
+    assert teacher.lost == (name == "aborted")  # then it may have been started anew
     args.sampling_temperature = 0.0
     examples = common.make_examples(prompts, common.Pair(teacher.reader, teacher), args)
     learned = [[e.student.ids[i] for i in e.student.targets] for e in examples]
