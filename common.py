@@ -696,8 +696,8 @@ def load_grader(name: str) -> Grader:
     """The rule that --grader names; `UsageError` if there is none.
 
     A built-in rule reads a value from the answer, and the answer is right if a reference has an
-    equal one. A function FILE.py:FUNCTION gets the whole text and the row: its messages,
-    references, source, and all columns that are not read otherwise.
+    equal one. A function FILE.py:FUNCTION gets the whole text and the row: its messages, response,
+    tools, references, source, and all columns that are not read otherwise.
     """
     kind, _, rest = name.partition(":")
     if kind.endswith(".py"):
