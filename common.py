@@ -537,9 +537,11 @@ def _as_message(turn: Any, role: str | None, has_tools: bool) -> Message:
         known = " ".join(ROLES.values())
         raise ValueError(f"the role of a turn is {name!r}, none of {known}: {str(turn)[:80]}")
     content, calls = take("content", "value"), take("tool_calls", "function_call")
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, LookupError, ValueError):
         if calls is None and has_tools and key in {"function_call", "tool_call"}:
-            calls, content = json.loads(content), ""
+            called = json.loads(content)
+            _ = [call["name"] for call in (called if isinstance(called, list) else [called])]
+            calls, content = called, ""
         calls = json.loads(calls)
     if content is None and not calls:
         raise ValueError(f"the content of a {role} turn is null or missing")
@@ -1777,8 +1779,6 @@ def completion_examples(
         text, written, sides = completion.text, completion.ids, []
         if written is None:  # by an API or in a data set, where answers are whole
             text = after_tag(whole_answer(text), prompt.given)
-        elif not (shared or completion.finished):  # it may have been cut inside a character
-            text = text.rstrip("\ufffd")
         for model, ids in zip(pair.readers, (prompt.student, prompt.teacher), strict=False):
             response = written if shared or model is not pair.student else None
             if response is None:
@@ -2515,7 +2515,8 @@ class ServerTeacher(Server):
         `record(places, parts)` gets the places of a request's texts, and for each its `packed`.
         """
         size = 2**16 // (k + 1)  # JSON takes some 80 bytes for each
-        batches = length_batches(range(len(texts)), lambda i: len(texts[i].ids), size)
+        least = math.ceil(size / 1024)  # vLLM reads at most 1024 texts in a request
+        batches = length_batches(range(len(texts)), lambda i: max(len(texts[i].ids), least), size)
 
         async def work(client: Any, places: list[int]) -> None:
             try:

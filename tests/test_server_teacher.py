@@ -187,6 +187,8 @@ class Handler(BaseHTTPRequestHandler):
         with stub.lock:
             reply = {"choices": [stub.choice(i, p, body) for i, p in enumerate(prompts)]}
         reply = stub.trouble(body, before, reply)
+        if len(prompts) > 1024:  # as vLLM
+            reply = 400, b'{"error": {"message": "prompt list length exceeds 1024"}}'
         if isinstance(reply, tuple):
             return self.send(*reply)
         self.send(200, json.dumps(reply).encode())
@@ -473,6 +475,19 @@ def test_bad_replies_are_asked_again_and_never_used(name, proven, monkeypatch):
     monkeypatch.setattr(common, "ATTEMPTS", 3)
     with pytest.raises(UsageError, match="gave no answer in 3 attempts, run the same command"):
         read_one(teacher)
+
+
+@pytest.mark.usefixtures("serve")
+def test_many_short_texts(proven):
+    """More than a server takes in one request, each with one number of two bytes."""
+    stub, teacher, _ = proven
+    stub.trouble = lambda body, n, reply: reply
+    texts = [common.Tokens([40 + i % 50, 41 + i % 40], [1]) for i in range(2500)]
+    got: dict[int, Tensor] = {}
+    teacher.read(texts, 0, lambda places, parts: got.update(zip(places, parts, strict=True)))
+    assert sorted(got) == [*range(2500)]
+    expected = stub.logprobs(texts[7].ids)[0, texts[7].ids[1]]
+    assert TopLogprobs.unpack(got[7]).logprobs[0, 0] == pytest.approx(expected.item(), abs=2e-3)
 
 
 BAD_TEXT = {
