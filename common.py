@@ -352,6 +352,9 @@ ROLES = {  # and what data sets call them
 }  # fmt: skip
 
 
+NOT_TEXT = "not text"  # names a value that was none in its file: see `_dataset_records`
+
+
 @dataclass
 class Conversation:
     """One row of a data set."""
@@ -436,11 +439,13 @@ def _csv_records(source: str) -> Iterator[tuple[str, Any]]:
     """Every cell is text: a reader that guesses types would turn the word `null` into None."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(io.StringIO(_read_text(source), newline=""), strict=True)
-    with usage_error(f"{source} is no csv file", csv.Error):  # as after a quote that is not closed
+    try:
         for record in reader:
             if None in record:
                 raise UsageError(f"{source}:{reader.line_num}: more cells than columns")
             yield f"{source}:{reader.line_num}", {k: v for k, v in record.items() if v}
+    except csv.Error as problem:  # of quotes
+        raise UsageError(f"{source}:{reader.line_num + 1}: {problem}") from None
 
 
 def _dataset_records(source: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
@@ -459,7 +464,7 @@ def _dataset_records(source: str, config: str | None, split: str) -> Iterator[tu
         else:
             data = datasets.load_dataset(source, config, split=split)
         # Arrow makes dates of texts that look like some: refused where one would be read.
-        as_json = partial(json.dumps, default=lambda x: {f"{type(x).__name__}, not text": str(x)})
+        as_json = partial(json.dumps, default=lambda value: {NOT_TEXT: str(value)})
         for i, text in enumerate(map(as_json, data), 1):
             # Nulls: Arrow gives each object all keys of its column.
             yield f"{source}: row {i}", json.loads(text, object_hook=_without_nulls)
@@ -519,6 +524,7 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
     if tools:
         options = options | {"tools": [_as_function(tool) for tool in tools]}
     unused.update(record.keys())
+    record = {k: v.get(NOT_TEXT, v) if isinstance(v, dict) else v for k, v in record.items()}
     references = [_as_text(r) for r in references]
     return Conversation(messages, answer, references, source, options, record)
 
@@ -537,10 +543,11 @@ def _as_message(turn: Any, role: str | None, has_tools: bool) -> Message:
         known = " ".join(ROLES.values())
         raise ValueError(f"the role of a turn is {name!r}, none of {known}: {str(turn)[:80]}")
     content, calls = take("content", "value"), take("tool_calls", "function_call")
-    with contextlib.suppress(TypeError, LookupError, ValueError):
+    with contextlib.suppress(TypeError, LookupError, AttributeError, ValueError):
         if calls is None and has_tools and key in {"function_call", "tool_call"}:
             called = json.loads(content)
-            _ = [call["name"] for call in (called if isinstance(called, list) else [called])]
+            for call in called if isinstance(called, list) else [called]:
+                _ = call.get("function", call)["name"]  # else it is no call
             calls, content = called, ""
         calls = json.loads(calls)
     if content is None and not calls:
@@ -647,12 +654,12 @@ GRADER_SECONDS = 10.0  # for one call of a user's function
 def final_text(text: str) -> str:
     """An answer without the reasoning before it; "" if that has no end."""
     _, closed, answer = text.rpartition("</think>")
-    return answer if closed or "<think>" not in answer else ""
+    return answer if closed or not answer.lstrip().startswith("<think>") else ""
 
 
 def _last_number(text: str) -> float | None:
-    text = re.sub(r"\{,\}|\\[,!]", "", text)  # LaTeX: 10{,}000
-    whole = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+    text = re.sub(r"\{,\}|(?<=\d)\\,(?=\d)|\\!", "", text)  # LaTeX: 10{,}000
+    whole = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)"
     numbers = re.findall(rf"(?:(?<!\d)[-−])?(?:{whole}(?:\.\d+)?|\.\d+)", text)
     return float(numbers[-1].replace("−", "-").replace(",", "")) if numbers else None
 
@@ -664,6 +671,7 @@ def _chosen_letter(text: str) -> str | None:
     for pattern in (
         r".*\b[Aa]nswer(?:\s+is\b|\s*:)\W*(?:option\W+)?([A-H])\b",
         r"\(?([A-H])(?:[).:,]|$)",
+        r".*\b[Aa]nswer\W+([A-H])\b",
         r".*\b([A-H])\b",
     ):
         if found := re.match(pattern, text, re.DOTALL):
@@ -1306,7 +1314,8 @@ def load_pair(args: CommonArguments, device: torch.device) -> Pair:
     if args.api_base_url:
         reader = open_model(args, device, "teacher") if args.two_tokenizers else None  # no weights
         student = load_student(args, device, reader and reader.tokenizer.chat_template)
-        share_tag(Pair(student, reader or student))
+        if reader:
+            share_tag(Pair(student, reader))
         return Pair(student, ServerTeacher(args, reader or student))
     teacher = open_model(args, device, "teacher")
     # If `alone`, only the main process loads the teacher, and fills the cache for all.
@@ -1473,6 +1482,12 @@ class Example:
     text: str  # the answer
     student: Tokens
     teacher: Tokens
+
+
+def with_reasoning(prompt: Prompt, answer: Completion) -> str:
+    """An answer to be graded, with the tag of its reasoning if its prompt has opened that."""
+    opened = answer.ids is not None and prompt.given.startswith("<think>")
+    return prompt.given * opened + answer.text
 
 
 class Batch(NamedTuple):
@@ -2415,7 +2430,7 @@ class Server:
                 status = problem.status_code
                 reason = f"({status}) {self.scrubbed(problem)}"
                 passes = status >= 500 or status in {408, 409, 429}
-                self.lost |= status in {502, 503, 504}  # of a proxy before a server that restarts
+                self.lost |= status in {502, 503}  # of a proxy before a server that restarts
                 if not passes or problem.code == "insufficient_quota":
                     raise NoAnswer(reason, status) from None
                 after = problem.response.headers.get("retry-after", "")  # seconds, or a date
@@ -2782,7 +2797,7 @@ class RolloutServer(ServerTeacher):
             if not self.lost:
                 return [answers[key] for key, _ in prompts]
             self.load()  # a server that was started anew has its first weights
-        raise UsageError(f"{self.base_url} broke connections in each of {ATTEMPTS} attempts")
+        raise UsageError(f"{self.base_url} was lost in each of {ATTEMPTS} attempts")
 
 
 def _choices(reply: Any, prompts: list[list[int]] | None = None) -> list[dict[str, Any]]:
@@ -3116,11 +3131,13 @@ class Evaluator:
         prompts, greedy, samples = zip(*rows, strict=True)
         self.args, self.student, self.grade = args, pair.student, load_grader(args.grader)
         self.comparable = pair.same_vocabulary  # then the student reads the teacher's ids
-        self.rows = [
-            p.conversation.row() | {"references": p.conversation.references or [c.text]}
-            for p, c in zip(prompts, greedy, strict=True)
-        ]
-        self.given = [p.given for p in prompts]
+        self.prompts, self.rows = (
+            prompts,
+            [
+                p.conversation.row() | {"references": p.conversation.references or [text]}
+                for p, text in zip(prompts, map(with_reasoning, prompts, greedy), strict=True)
+            ],
+        )
         self.unreferenced = sum(not p.conversation.references for p in prompts)
         examples = completion_examples(prompts, samples, pair, args.max_length)
         self.examples = my_share(examples)
@@ -3156,9 +3173,8 @@ class Evaluator:
         return gathered(tallies)
 
     def _answer_tally(self, i: int, answer: Completion) -> Tally:
-        # What continues a prompt may continue reasoning that the prompt has opened.
-        text = self.given[i] * (answer.ids is not None) + answer.text
-        words, row = final_text(text).split(), self.rows[i]
+        text, row = with_reasoning(self.prompts[i], answer), self.rows[i]
+        words = final_text(text).split()
         references = [final_text(reference).split() for reference in row["references"]]
         edits, length = min((edit_distance(words, r), len(r)) for r in references)
         tally = {"prompts": 1, "edits": edits, "reference_words": length, "answer": answer.text}

@@ -226,8 +226,8 @@ def turns(example: Example, vocabularies: Sequence[Vocabulary]) -> Iterator[Turn
         texts = [b"".join(side) for side in tokens]
         # SentencePiece and some templates put a space before the text, or a prompt ends inside its
         # first token. The offsets leave out what only one text begins with.
-        begin = [len(text) - len(text.lstrip(b" ")) for text in texts]
-        if all(text.endswith(min(texts, key=len)) for text in texts):  # none was cut
+        begin, short = [len(text) - len(text.lstrip(b" ")) for text in texts], min(texts, key=len)
+        if short.endswith(END) and all(text.endswith(short) for text in texts):  # none was cut
             begin = [len(text) for text in texts]
         extra = [n - min(begin) for n in begin]
         begins = tuple(

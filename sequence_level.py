@@ -128,12 +128,17 @@ def select(
     kept: list[Example] = []
     counts = Counter(written=len(answers), kept=0, cut_short=0, too_long=0, empty=0, duplicates=0)
     known, grade = set(), common.load_grader(args.grader)
-    mine = common.my_share(range(len(answers)))  # a user's function may judge otherwise elsewhere
-    mine = [i for i in mine if args.keep_matching and answers[i].finished]
+    both = list(zip(examples, answers, strict=True))
+    texts = [common.with_reasoning(e.prompt, answer) for e, answer in both]
+    fit = [
+        i for i, (e, a) in enumerate(both) if a.finished and len(e.student.ids) <= args.max_length
+    ]
+    # Each is judged in one process: a user's function may judge otherwise elsewhere.
+    mine = common.my_share(fit) if args.keep_matching else []
     rows = (examples[i].prompt.conversation.row() for i in mine)
-    judged = [(i, grade(answers[i].text, row)) for i, row in zip(mine, rows, strict=True)]
+    judged = [(i, grade(texts[i], row)) for i, row in zip(mine, rows, strict=True)]
     right = dict(common.gather_object(judged))
-    for i, (example, answer) in enumerate(zip(examples, answers, strict=True)):
+    for i, (example, answer) in enumerate(both):
         conversation = example.prompt.conversation
         row = (conversation.prompt_key(), answer.text)
         if answer.finished is None:
@@ -142,7 +147,7 @@ def select(
             counts["cut_short"] += 1
         elif len(example.student.ids) > args.max_length:
             counts["too_long"] += 1
-        elif not common.final_text(answer.text).strip():
+        elif not common.final_text(texts[i]).strip():
             counts["empty"] += 1
         elif args.keep_matching and not right[i]:
             counts["not_matching"] += 1
@@ -258,10 +263,10 @@ class ApiTeacher(common.Server):
             text = f"<think>\n{reasoning.strip()}\n</think>\n\n{text.lstrip()}"
         text = text.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair
         length = (reply.get("usage") or {}).get("completion_tokens")
+        if reason == "abort":  # of a server that stops
+            raise ValueError("finish_reason abort")
         if reason not in FINISHED | CUT or (message.get("refusal") and not text):
             return Completion(self.scrubbed(f"{reason}: {json.dumps(message)}"), None, 0, None)
-        if reason == "abort":
-            raise ValueError("finish_reason abort")
         if not isinstance(length, int):
             length = len(common.tokenize(self.reader.tokenizer, text)[0])
         return Completion(text, reason in FINISHED, length, None)

@@ -252,6 +252,12 @@ def test_an_answer_whose_first_token_begins_in_the_prompt(sides):
     assert turn.same == len("theory of there") + len(END)
     tokens = [(turn.tokens[0][i], turn.tokens[1][j]) for i, j in turn.boundaries()]
     assert tokens[-1] == (END, END) and (b" there", b" there") in tokens
+    looping = ([b" na"] * 3, [b" na", b" n", b"a"])  # both were cut
+    both = [Vocabulary([*dict.fromkeys(tokens), END]) for tokens in looping]
+    sides = [[v.ids[t][0] for t in tokens] for v, tokens in zip(both, looping, strict=True)]
+    cut = as_example(*(common.Tokens([0, *ids], [*range(1, 4)]) for ids in sides))
+    (turn,) = turns(cut, both)
+    assert turn.begins == ([0, 3, 6, 9], [0, 3, 5, 6])
 
 
 def test_an_end_id_without_a_token(sides):

@@ -224,7 +224,7 @@ def test_csv(tmp_path: Path, capsys, models):
     assert [m["content"] for m in first.messages] == ["h", "y", "q"] and len(second.messages) == 1
     assert "'level': 1" in capsys.readouterr().out
     file.write_text('prompt,response\nq,"yes\nr,no\n')
-    with pytest.raises(UsageError, match="csv is no csv file: unexpected end of data"):
+    with pytest.raises(UsageError, match="csv:2: unexpected end of data"):
         common.load_conversations(str(file))
     file.write_text("prompt,response\nq,yes, of course\n")
     with pytest.raises(UsageError, match="csv:2: more cells than columns"):
@@ -258,7 +258,7 @@ def test_directories_of_save_to_disk_and_nulls_of_arrow(tmp_path: Path, models):
         common.load_conversations(str(tmp_path / "two"), split="dev")
     (tmp_path / "dates").mkdir()
     write_rows(tmp_path / "dates/train.jsonl", [{"prompt": "when?", "answer": "2024-01-05"}] * 2)
-    with pytest.raises(UsageError, match=r"row 1: .*datetime, not text"):
+    with pytest.raises(UsageError, match=r"row 1: .*'not text': '2024"):
         common.load_conversations(str(tmp_path / "dates"))
     (tmp_path / "rows.ndjson.gz").write_bytes(gzip.compress(b'{"prompt": "q"}\n'))
     assert len(common.load_conversations(str(tmp_path / "rows.ndjson.gz"))) == 1
@@ -378,12 +378,15 @@ def test_names_of_tools_and_developers(role: str, tmp_path: Path, models):
 
 def test_calls_that_are_text(tmp_path: Path, models):
     """Of rows with tools, in ShareGPT's form, and in that of data sets that know no objects."""
-    said = json.dumps(CALL["function"])
-    turns = [("human", "q"), ("function_call", said), ("observation", "5"), ("gpt", "a")]
-    turns = [{"from": role, "value": text} for role, text in turns]
+    said = [CALL["function"], [CALL["function"]], CALL]
+    share = [
+        [{"from": "human", "value": "q"}, {"from": "function_call", "value": json.dumps(call)},
+         {"from": "observation", "value": "5"}, {"from": "gpt", "value": "a"}]
+        for call in said
+    ]  # fmt: skip
     openai = [USER, {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])},
               {"role": "tool", "content": "5"}, ANSWER | {"tool_calls": "[]"}]  # fmt: skip
-    rows = load(tmp_path, *({"messages": m, "tools": [TOOL]} for m in (turns, openai)))
+    rows = load(tmp_path, *({"messages": m, "tools": [TOOL]} for m in (*share, openai)))
     for _, targets in learned(models["tools"], rows):
         assert targets == f"{CALLED}<|im_end|>a<|im_end|>"
 

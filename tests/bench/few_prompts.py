@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +63,11 @@ class Run(NamedTuple):
     directory: Path
 
 
+def slug(method: str) -> str:
+    """The method's name in that of a directory."""
+    return re.sub(r"[^a-z0-9.]+", "-", method)
+
+
 def finish(run: Run, args: argparse.Namespace, words: int = 2000) -> None:
     """Run what is not finished, and score it on so many held-out words."""
     if (run.directory / "results.json").exists():
@@ -72,8 +78,7 @@ def finish(run: Run, args: argparse.Namespace, words: int = 2000) -> None:
         "--cache-dir": args.output_dir / "cache",
     }  # fmt: skip
     if run.method.startswith(AFTER):
-        first = list(METHODS).index(FIRST)
-        name = f"{first}-{run.prompts}-{args.steps}-{run.seed}"
+        name = f"{slug(FIRST)}-{run.prompts}-{args.steps}-{run.seed}"
         flags["--student"] = args.output_dir / name / "final"
     words = [str(word) for pair in flags.items() for word in pair]
     resume = "--resume" if any(run.directory.glob("checkpoints/*/state.json")) else "--overwrite"
@@ -87,7 +92,7 @@ def seconds_of_a_step(method: str, args: argparse.Namespace) -> float:
     """Of training, from runs that differ in nothing but their steps, the fastest of three each."""
     seconds: dict[int, list[float]] = {20: [], 120: []}
     for repeat, steps in [(0, 1), *itertools.product(range(3), seconds)]:  # 1: fills the cache
-        directory = args.output_dir / f"speed-{list(METHODS).index(method)}-{steps}-{repeat}"
+        directory = args.output_dir / f"speed-{slug(method)}-{steps}-{repeat}"
         finish(Run(method, max(args.prompts), 0, steps, directory), args, words=16)
         results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
         seconds.setdefault(steps, []).append(results["seconds"])
@@ -122,11 +127,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--equal-seconds", action="store_true", help="not equal steps")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/few_prompts"))
     parser.add_argument("--figure", type=Path, default=ROOT / "data" / "few_prompts.png")
     args = parser.parse_args()
+    if not args.methods:
+        args.methods = [m for m in METHODS if not (args.equal_seconds and m.startswith(AFTER))]
     if FIRST not in args.methods and any(m.startswith(AFTER) for m in args.methods):
         parser.error(f"{AFTER!r}... needs the method {FIRST!r}, too")
     steps = dict.fromkeys(args.methods, args.steps)
@@ -140,9 +147,9 @@ def main() -> None:
         Run(method, prompts, seed, steps[method], directory)
         for seed in range(args.seeds)
         for prompts in args.prompts
-        for number, method in enumerate(METHODS)
+        for method in METHODS
         if method in args.methods
-        for directory in [args.output_dir / f"{number}-{prompts}-{steps[method]}-{seed}"]
+        for directory in [args.output_dir / f"{slug(method)}-{prompts}-{steps[method]}-{seed}"]
     ]
     left = sum(not (run.directory / "results.json").exists() for run in runs)
     print(f"{left} of {len(runs)} runs are left", flush=True)
