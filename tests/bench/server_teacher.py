@@ -60,7 +60,7 @@ def trained(flags: argparse.Namespace) -> pandas.DataFrame:
     methods = {f"K = {k}": ["token_level.py", *api, "--api-top-logprobs", k] for k in flags.top}
     methods["whole distribution"] = ["token_level.py", *teacher]
     if flags.on_policy:
-        own = ["on_policy.py", "--kl", "forward", "--mix", 1]
+        own = ["on_policy.py", "--kl", "forward"]  # mixed with the text
         most = ["--api-top-logprobs", max(flags.top)]
         methods["on-policy, largest K"] = [*own, *api, *most]
         methods["on-policy, whole distribution"] = [*own, *teacher]
