@@ -3305,7 +3305,7 @@ def start(script: str, args: CommonArguments) -> Accelerator:
     # A process may wait long: for the teacher's text, or for another run's. LanguageModel.backbone
     # enters autocast by itself.
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
-    with usage_error("cannot start", ValueError):
+    with usage_error("cannot start", ValueError, RuntimeError):  # as without the other processes
         accelerator = start_accelerator(mixed_precision="no", kwargs_handlers=[patience])
     if (launched := os.environ.get("WORLD_SIZE", "1")) != str(accelerator.num_processes):
         raise UsageError(

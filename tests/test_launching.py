@@ -4,6 +4,7 @@ what surfaces at the last write."""
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,12 @@ def test_processes_that_do_not_find_each_other(tmp_path: Path, tmp_path_factory,
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29477"}
     both = [start(flags, outputs / rank, RANK=rank, LOCAL_RANK=rank, **launched) for rank in "01"]
-    for process, rank in zip(both, "01", strict=True):
-        assert process.wait() == 2
-        out = (outputs / rank).read_text()
-        assert out.startswith("error: 2 processes were started, but each is alone")
-        assert "ACCELERATE_USE_CPU=true" in out and out.count("\n") == 1
+    assert [process.wait() for process in both] == [2, 2]
+    said = [(outputs / rank).read_text() for rank in "01"]
+    # The other one may have ended before it was found.
+    assert any("2 processes were started, but each is alone: without a GPU" in out for out in said)
+    kinds = r"error: (.*set ACCELERATE_USE_CPU=true|cannot start: .*)\n"
+    assert all(re.fullmatch(kinds, out) for out in said), said
     assert sorted(tmp_path.rglob("*")) == before
 
 
