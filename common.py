@@ -369,9 +369,8 @@ class Conversation:
     def row(self) -> dict[str, Any]:
         """What a grader gets."""
         named = {"messages": self.messages, "references": self.references, "source": self.source}
-        return (
-            {"response": self.response, "tools": self.options.get("tools")} | self.columns | named
-        )
+        more = {"response": self.response, "tools": self.options.get("tools")}
+        return more | self.columns | named
 
     def prompt_key(self) -> str:
         """Equal for rows that ask the same."""
@@ -3131,13 +3130,11 @@ class Evaluator:
         prompts, greedy, samples = zip(*rows, strict=True)
         self.args, self.student, self.grade = args, pair.student, load_grader(args.grader)
         self.comparable = pair.same_vocabulary  # then the student reads the teacher's ids
-        self.prompts, self.rows = (
-            prompts,
-            [
-                p.conversation.row() | {"references": p.conversation.references or [text]}
-                for p, text in zip(prompts, map(with_reasoning, prompts, greedy), strict=True)
-            ],
-        )
+        self.prompts = prompts
+        self.rows = [
+            p.conversation.row() | {"references": p.conversation.references or [text]}
+            for p, text in zip(prompts, map(with_reasoning, prompts, greedy), strict=True)
+        ]
         self.unreferenced = sum(not p.conversation.references for p in prompts)
         examples = completion_examples(prompts, samples, pair, args.max_length)
         self.examples = my_share(examples)

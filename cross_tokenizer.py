@@ -137,7 +137,7 @@ def token_bytes(model: LanguageModel) -> list[bytes]:
     for i, added in tokenizer.added_tokens_decoder.items():
         text = added.content.encode()
         result[i] = END + text if added.special else text.replace(space.encode(), b" ")
-    for i in filter(range(len(result)).__contains__, model.end_ids):
+    for i in (i for i in model.end_ids if i < len(result)):
         result[i] = END
     return result[: model.vocabulary]
 

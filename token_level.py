@@ -73,7 +73,7 @@ class TokenLevelLoss(nn.Module):
     def forward(self, batch: Batch, teacher_hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The loss in nats, summed over the batch's N targets, and (2,) to log: loss, divergence.
 
-        `teacher_hidden` (N, d): at these targets; of a server, `TopLogprobs.packed` instead.
+        `teacher_hidden` (N, d): the teacher's, at these targets; of a server `TopLogprobs.packed`.
         """
         teacher = common.teacher_logits(teacher_hidden, self.teacher_head)
         return common.distillation_loss(
