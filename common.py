@@ -1,8 +1,9 @@
-"""What at least two of the four scripts need. Nothing here trains: each script has its own loop.
+"""What the four scripts share. Nothing here trains: each script has its own loop.
 
-The sections follow the data: arguments; conversations; models; tokens and masks; text generation;
-the teacher's text and hidden states; losses; evaluation; run directory. One line of a data set
-takes these forms on its way to the loss:
+The sections follow the data: arguments; conversations; grading; models; several devices; tokens and
+masks; text generation; the teacher's text and hidden states; a teacher on a server; losses;
+evaluation; run directory; plan of the memory. One line of a data set takes these forms on its way
+to the loss:
 
     function                    returns        which holds
     (a line of a data set)      dict           {"prompt": "banana"}, or one of the other forms
@@ -163,10 +164,10 @@ class CommonArguments:
     dataset_split: str = flag("train", "split of a hub data set or directory")
     max_rows: int = flag(0, "use only the first N rows of --dataset (0: all)")
     eval_dataset: str | None = flag(
-        None, "held-out conversations; without it --eval-size rows of --dataset are held out"
+        None, "held-out conversations (default: data/eval.jsonl, or rows of your own --dataset)"
     )
-    eval_split: str = flag("train", "its split, if it is a hub data set or directory")
-    eval_size: int = flag(0, "evaluation rows (0: 1000; of held-out rows at most a tenth)")
+    eval_split: str = flag("train", "split of --eval-dataset, if that is not a file")
+    eval_size: int = flag(0, "evaluation rows (0: 1000; at most a tenth of --dataset)")
     grader: str = flag(
         "exact",
         "which answers are right, for exact_match: exact, number, choice, json, regex:PATTERN or "
@@ -215,9 +216,9 @@ class CommonArguments:
     eval_steps: int = flag(200, "steps between evaluations while training (0: none)")
     logging_steps: int = flag(10, "steps between writes to metrics.jsonl")
     report_to: str = flag("none", "send metrics to a tracker too: tensorboard, wandb, ...")
-    cache_dir: str = flag("runs/cache", "where the teacher's text is kept for later runs")
+    cache_dir: str = flag("runs/cache", "where the teacher's work is kept for later runs")
     cache_teacher: bool = flag(
-        True, "keep the teacher's hidden states, or a server's log-probabilities, in --cache-dir"
+        True, "whether the teacher's hidden states, or a server's log-probabilities, are kept there"
     )
     plan: bool = flag(False, "only print the memory that the run would need")
 
@@ -229,8 +230,12 @@ class CommonArguments:
     api_model: str | None = flag(None, "the teacher's name on that server")
     api_top_logprobs: int = flag(64, "K: log-probabilities that the server gives at each token")
     api_concurrency: int = flag(8, "requests under way at a time")
-    api_timeout: float = flag(600.0, "seconds for one answer before it is asked again")
+    api_timeout: float = flag(600.0, "seconds to wait for one answer before retrying")
     api_max_failures: float = flag(0.1, "share of prompts without an answer that ends the run")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and a script's docstring as it is written."""
 
 
 def parse_arguments(
@@ -238,8 +243,9 @@ def parse_arguments(
 ) -> Any:
     """Command line to a validated dataclass. Exits with code 2 on an unknown or invalid flag."""
     parser = HfArgumentParser(
-        kind, description=description, allow_abbrev=False, exit_on_error=False
-    )
+        kind, description=description, allow_abbrev=False, exit_on_error=False,
+        formatter_class=HelpFormatter,
+    )  # fmt: skip
     try:
         (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         check_arguments(args)
@@ -352,7 +358,7 @@ ROLES = {  # and what data sets call them
 }  # fmt: skip
 
 
-NOT_TEXT = "not text"  # names a value that was none in its file: see `_dataset_records`
+NOT_TEXT = "not text"  # key of a value that was not text in its file: see `_dataset_records`
 
 
 @dataclass
@@ -363,7 +369,7 @@ class Conversation:
     response: Message | None  # the data set's own answer, if it has one
     references: list[str]  # right answers
     source: str  # file and line, for messages to the user
-    options: dict[str, Any] = field(default_factory=dict)  # what else the chat template is given
+    options: dict[str, Any] = field(default_factory=dict)  # more variables for the chat template
     columns: dict[str, Any] = field(default_factory=dict)  # not read here; for a grader
 
     def row(self) -> dict[str, Any]:
@@ -847,8 +853,8 @@ class Logits:
 
 
 def chunks(tokens: int, width: int, device: torch.device) -> list[slice]:
-    """Rows of a (tokens, width) array in parts of 2²³ elements on a CPU (115 MB in the loss), of an
-    80th of the memory on CUDA, because each part reads and writes the head's whole gradient."""
+    """Slices of the rows of a (tokens, width) array: of 2²³ elements on a CPU (115 MB in the loss),
+    of an 80th of the memory on CUDA, because each reads and writes the head's whole gradient."""
     elements = 2**23 if device.type == "cpu" else 2**26
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -972,8 +978,8 @@ class LanguageModel:
     def inference_copy(self, dtype: torch.dtype | None = None) -> Iterator[None]:
         """`model` and `adapters` with all weights in this process, in `dtype` or their own.
 
-        If they are not that already, they are copies while the context lasts, and take their memory
-        too. Of a sharded model, every process must enter together.
+        Otherwise they are copies that exist, and take as much memory, until the context ends. If
+        the model is sharded, all processes must enter together.
         """
         trained, empty = (self.model, self.adapters), self.copies
         if empty == trained or (empty is None and dtype in (None, self.model.dtype)):
@@ -1028,8 +1034,8 @@ class Pair(NamedTuple):
 
     @property
     def readers(self) -> list[LanguageModel]:
-        """The models whose tokenizers are used: the student, and the teacher or, for a server that
-        does not read the student's tokens, a model without its weights."""
+        """The models whose tokenizers are used: the student and the teacher. For a server with
+        another tokenizer, the latter has no weights."""
         if self.has_weights:
             return [self.student, self.teacher]
         reader = getattr(self.teacher, "reader", self.student)
@@ -1064,7 +1070,7 @@ def _different_tokens(student: Tokenizer, teacher: Tokenizer, size: int) -> list
 def end_of_turn_ids(tokenizer: Tokenizer, *configs: Any, **options: Any) -> list[int]:
     """The ids that end a response: first the added token, if possible a special one, that the chat
     template prints after an answer, then the end tokens of tokenizer and configurations."""
-    texts = []  # reversed: what both begin with is what the template prints after an answer
+    texts = []  # reversed: their common prefix is what the template prints after an answer
     for word in ("ab", "cd"):  # a template may change an answer, or hold its letters itself
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": word}]
         texts.append(render(tokenizer, turns, **options)[::-1])
@@ -1180,7 +1186,7 @@ def check_head(model: LanguageModel) -> None:
     if layer is None or not hasattr(layer, "weight"):
         raise UsageError(f"{model.name} has no output embeddings, so its head cannot be chunked")
     if (rows := len(layer.weight)) < size:
-        raise UsageError(f"{model.name}: its config.json tells {size} ids, its head has {rows}")
+        raise UsageError(f"{model.name}: its config.json has {size} ids, its head {rows}")
     ids = torch.arange(min(8, size), device=model.device)[None]
     dtype = model.compute_dtype
     with torch.no_grad(), model.autocast(), usage_error(f"cannot use {model.name}", RuntimeError):
@@ -1223,7 +1229,7 @@ def cache_is_exact(model: LanguageModel) -> bool:
             return False
     logits = torch.stack([x[0] for x in steps[:4]] + [x[-1] for x in steps])
     error = (logits - expected).std(-1) / expected.std(-1).clamp_min(1e-6)
-    # Not the worst token's, as rounding can send one to another expert. Measured on chat models:
+    # Not the maximum, as rounding can route one token to another expert. Measured on chat models:
     # up to 5e-6, in bfloat16 0.04; without the mask 0.8 to 1.4.
     worst = max(float(part.sort().values[len(part) * 7 // 10]) for part in error.split([4, 16]))
     return worst <= (0.3 if model.compute_dtype.itemsize == 2 else 1e-2)
@@ -2253,8 +2259,8 @@ class TeacherHiddenStates:
     def _fill(self, examples: dict[str, Example], purpose: str) -> None:
         """Compute each batch with a missing tensor, and write the missing tensors.
 
-        Batches follow from the text alone and are computed whole, so that a run that was killed
-        here ends with the same bits as one that was not. A server is asked only for what is
+        Batches depend on the text alone and are computed whole, so an interrupted run gives the
+        same bits. A server is asked only for what is
         missing, and each of its replies is written before its worker asks for the next.
         """
         teacher, head_file = self.teacher, self.directory / "head.safetensors"
@@ -2412,8 +2418,8 @@ class Server:
         asyncio.run(run())
 
     async def ask(self, client: Any, request: dict[str, Any], read: Callable[[Any], Any]) -> Any:
-        """`read(reply)` to a request, as `send` takes it; asked again where `read` raises
-        `ValueError`, at last raises `NoAnswer`."""
+        """Send a request and return `read(reply)`; ask again if `read` raises `ValueError`, and
+        finally raise `NoAnswer`."""
         reason, pause = "", 0.0
         for attempt in range(ATTEMPTS):
             await asyncio.sleep(pause)
@@ -2542,7 +2548,7 @@ class ServerTeacher(Server):
             self.each(batches, work)
 
     def live(self, examples: Sequence[Example], k: int) -> Tensor:
-        """What the server says now of the examples' targets: `packed` (N, 3k + 4)."""
+        """The server's log-probabilities at the examples' targets: `packed` (N, 3k + 4)."""
         texts, parts = [e.teacher for e in examples], {-1: TopLogprobs.packed([], k)}
         self.read(texts, k, lambda places, got: parts.update(zip(places, got, strict=True)))
         return to_device(torch.cat([parts[i] for i in sorted(parts)]), self.device)
@@ -2570,7 +2576,7 @@ class ServerTeacher(Server):
         return {"model": self.args.api_model, "extra_body": extra, **asked}
 
     def _outcomes(self, given: Any, target: int, k: int) -> tuple[list[int], list[float]]:
-        """Ids and log-probabilities of a row of `TopLogprobs`; `ValueError` if they cannot be."""
+        """Ids and log-probabilities for `TopLogprobs`; `ValueError` if they are impossible."""
         logprobs = {int(i): float(entry["logprob"]) for i, entry in given.items()}
         size, likeliest = self.reader.vocabulary, sorted(logprobs.values(), reverse=True)
         if target not in logprobs or not min(k, size) <= len(logprobs) <= k + 1:
@@ -2647,8 +2653,8 @@ class ServerTeacher(Server):
 
 
 def in_step(work: Callable[[], Item]) -> Item:
-    """`work()`; if that is a `UsageError` in any process, `ServerLost` in all, which must call this
-    together, so that they can write a checkpoint."""
+    """Return `work()`. If it raises `UsageError` in one process, all raise `ServerLost` and can
+    write a checkpoint; all must call this together."""
     result, problem = None, None
     try:
         result = work()
@@ -2694,8 +2700,8 @@ class RolloutServer(ServerTeacher):
         self.directory = Path(args.rollout_weights).resolve()
 
     def publish(self, prompts: list[list[int]]) -> None:
-        """Give the server the present weights, in `evaluating()`; the student's answers to these
-        prompts prove it. `ServerLost` if the server keeps others."""
+        """In `evaluating()`: give the server the present weights, and compare its log-probabilities
+        of the student's answers to these prompts. `ServerLost` if they differ."""
 
         def work() -> None:
             if not PartialState().is_main_process:
@@ -2705,7 +2711,7 @@ class RolloutServer(ServerTeacher):
                 args = dataclasses.replace(self.args, max_new_tokens=few)
                 written = generate(self.student, prompts, range(len(prompts)), args, 1.0)
                 self.texts = [with_response(prompts[i], answer.ids) for i, answer in written]
-                self._update(wrong=True)  # the server may hold the right ones without any help
+                self._update(wrong=True)  # the server may have started with the right ones
                 if self._nats_apart() < self.LIMIT:
                     raise UsageError(f"{self.base_url} does not load what is in {self.directory}")
             self._update()
@@ -2775,7 +2781,7 @@ class RolloutServer(ServerTeacher):
         return (ours.cpu() - theirs).abs().mean().item()
 
     def write(self, prompts: Sequence[tuple[Any, Prompt]], temperature: float) -> list[Completion]:
-        """The student's answers; what seeds each prompt stands before it."""
+        """The student's answers to pairs (seed, prompt)."""
 
         async def work(client: Any, item: tuple[Any, Prompt]) -> None:
             prompt = item[1]._replace(teacher=item[1].student)  # the ids that the server is given
@@ -2814,8 +2820,8 @@ ABSENT = -1e4  # the logarithm of 0, finite also in half precision
 class TopLogprobs:
     """A server's probabilities at N targets: of K + 2 outcomes that sum to 1.
 
-    Column 0 is the target itself. The next K are the other tokens that the server named; a place
-    that needs none holds the target's id and `ABSENT`. The last outcome is every other token.
+    Column 0 is the target itself. The next K are the other tokens that the server named; an unused
+    place holds the target's id and `ABSENT`. The last outcome is every other token.
     """
 
     ids: Tensor  # (N, K + 1)
@@ -2845,8 +2851,8 @@ class TopLogprobs:
 
 
 def outcomes(student: Tensor, ids: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of a server's outcomes (n, K + 2): the student's and the teacher's; and the
-    student's within the last outcome (n, V), which overwrite `student` (n, V)."""
+    """The student's and the teacher's log-probabilities of a server's outcomes (n, K + 2), and the
+    student's within the last outcome (n, V), in place of `student` (n, V)."""
     named = student.gather(1, ids).masked_fill_(teacher[:, :-1] < ABSENT / 2, ABSENT)
     others = student.scatter_(1, ids, -math.inf)
     # Not log(1 - the sum of the named ones), which is rounding where the student is sure.
@@ -2855,7 +2861,7 @@ def outcomes(student: Tensor, ids: Tensor, teacher: Tensor) -> tuple[Tensor, Ten
 
 
 def teacher_logits(hidden: Tensor, head: Head | None) -> Logits | TopLogprobs:
-    """What the teacher says, from what `TeacherHiddenStates` gives; a server has no head."""
+    """The teacher's `Logits`, or a server's `TopLogprobs`, which has no head."""
     return Logits(hidden, head) if head else TopLogprobs.unpack(hidden)
 
 
@@ -3288,8 +3294,8 @@ def gap_recovered(before: list[Tally], after: list[Tally], teacher: list[Tally])
 # Flags that may differ on --resume: they change training by rounding at most.
 FLAGS_FREE_ON_RESUME = {
     "output_dir", "overwrite", "resume", "cache_dir", "save_steps", "save_total_limit",
-    "eval_steps", "logging_steps", "generation_batch_size", "report_to", "api_concurrency",
-    "api_timeout", "api_max_failures", "rollout_url", "rollout_weights",
+    "eval_steps", "logging_steps", "generation_batch_size", "report_to", "plan",
+    "api_concurrency", "api_timeout", "api_max_failures", "rollout_url", "rollout_weights",
 }  # fmt: skip
 
 
@@ -3376,8 +3382,8 @@ def make_optimizer(model: nn.Module, args: CommonArguments) -> torch.optim.Optim
 def prepare(
     accelerator: Accelerator, module: nn.Module, args: CommonArguments, teacher: Any = None
 ) -> tuple[nn.Module, Any]:
-    """The module around a student, and its optimizer, for the processes that were launched; FSDP
-    shards the student, and a `teacher` that is loaded."""
+    """Prepare the student's module and its optimizer for the launched processes; FSDP shards the
+    student, and `teacher` if it is loaded."""
     if accelerator.is_fsdp2:
         student = module.student
         with usage_error("cannot shard the models", ValueError):

@@ -29,7 +29,7 @@ the teacher's most likely tokens; all outcomes that it does not name become one 
 
 --loss uld is KL(teacher ‖ student) at temperature T between the K highest probabilities of both
 models, each list sorted and renormalised. A token of the student is compared with the teacher's
-token that begins nearest in the text. Sorting loses the tokens, so cross-entropy is added (w = 1).
+token that begins nearest in the text. Sorting discards token identity, so w = 1 by default.
 
 Boizard et al. 2024, "Towards cross-tokenizer distillation: the universal logit distillation loss"
 (uld; departures: KL of the top K instead of the L1 distance of whole sorted vocabularies; tokens
@@ -225,7 +225,7 @@ def turns(example: Example, vocabularies: Sequence[Vocabulary]) -> Iterator[Turn
         first, tokens = zip(*turn, strict=True)
         texts = [b"".join(side) for side in tokens]
         # SentencePiece and some templates put a space before the text, or a prompt ends inside its
-        # first token. The offsets leave out what only one text begins with.
+        # first token. The offsets skip a beginning that only one text has.
         begin, short = [len(text) - len(text.lstrip(b" ")) for text in texts], min(texts, key=len)
         if short.endswith(END) and all(text.endswith(short) for text in texts):  # none was cut
             begin = [len(text) for text in texts]
@@ -486,7 +486,7 @@ def sum_by_outcome(probabilities: Tensor, outcomes: Tensor, count: int) -> Tenso
 
 def fold(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Move the student's probability of outcomes that a server did not name to `REMAINDER`, the
-    first of (P, K). Where that stays 0, the student has no such outcome, and the teacher's is 0."""
+    first of (P, K). If that is 0, the student lacks the outcome, and the teacher's is set to 0."""
     named = teacher > 0
     others = student[:, :1] + (student * ~named)[:, 1:].sum(-1, keepdim=True)
     student = torch.cat([others, (student * named)[:, 1:]], 1)

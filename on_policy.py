@@ -14,12 +14,12 @@ its estimate from the one token that was sampled.
 
 Agarwal et al. 2024, "On-policy distillation of language models" (GKD, algorithm 1; --mix is its
 λ); Gu et al. 2024, "MiniLLM" (reverse KL); Thinking Machines 2025, "On-policy distillation" (the
-sampled estimate). Departures: one coin decides for a step's whole batch; MiniLLM's gradient through
-the sampled sequence is left out, as in GKD; cross-entropy (--ce-weight) applies to the teacher's
-text only, because on the student's own samples its expected gradient is zero.
+sampled estimate). Departures: MiniLLM's gradient through the sampled sequence is left out, as in
+GKD; cross-entropy (--ce-weight) applies to the teacher's text only, because on the student's own
+samples its expected gradient is zero.
 
     python on_policy.py
-    python on_policy.py --mix 1 --student runs/token_level/final
+    python on_policy.py --mix 1 --student runs/token_level/final --learning-rate 5e-4
     python on_policy.py --kl forward --mix 1      # better from a weak student, or with few prompts
 """
 
@@ -41,7 +41,7 @@ import token_level
 from common import Batch, Completion, Example, Head, LanguageModel, Logits, Objective, flag
 
 # kl_to_teacher above which a student is called weak: at 0.66 nats reverse KL cost 2 to 6 points of
-# exact match against forward KL with --mix 1 (README).
+# exact match against forward KL with --mix 1 (tests/bench/README.md).
 WEAK = 0.5
 
 
@@ -62,7 +62,7 @@ class Arguments(token_level.Arguments):
     rollout_temperature: float = flag(1.0, "temperature of the student's text (0: greedy)")
     rollout_steps: int = flag(1, "on-policy steps whose text is sampled together in advance")
     rollout_url: str | None = flag(None, "a vLLM server of the student, to write its text")
-    rollout_weights: str | None = flag(None, "the directory through which it gets weights")
+    rollout_weights: str | None = flag(None, "the directory from which it loads the weights")
 
     def objective(self) -> Objective:
         """The divergence and its weights; `UsageError` for flags that contradict each other."""
@@ -183,10 +183,10 @@ def entropies(student: Logits, teacher: Logits | common.TopLogprobs) -> Tensor:
 class Rollouts:
     """The student's own answers to the prompts of on-policy steps, as token ids.
 
-    The student of the first samples those of the next --rollout-steps such steps together; if they
-    are several, a server writes them while the student learns from those before. Each token is a
-    function of that student and of (seed, step, row, position), so text depends on batches and
-    processes through rounding only. Text that waits is part of a checkpoint.
+    At the first of --rollout-steps such steps the student samples the text of all. If there are
+    several, a server writes the next texts during training. Each token is a function of that
+    student and of (seed, step, row, position), so text depends on batches and processes through
+    rounding only. Text that waits is part of a checkpoint.
     """
 
     def __init__(self, pair: common.Pair, prompts: list[common.Prompt], run: common.Run) -> None:
@@ -194,7 +194,7 @@ class Rollouts:
         self.server = common.RolloutServer(run.args, pair.student) if run.args.rollout_url else None
         # Maps a step to the step at which its text was sampled and the answers in batch order.
         self.waiting: dict[int, tuple[int, list[Completion]]] = {}
-        # What is being written: the step it is sampled at, its places, and what waits for it.
+        # Text being written: its sampling step, its places, a function that waits for it.
         self.coming: tuple[int, list[Any], Callable[[], list[Any]]] | None = None
         run.accelerator.register_save_state_pre_hook(lambda models, weights, path: self.save(path))
         run.accelerator.register_load_state_pre_hook(lambda models, path: self.load(path))
@@ -295,7 +295,7 @@ class RolloutMonitor:
                 yield "  {!r}\n    {!r}".format(*map(self.student.tokenizer.decode, parts))
 
     def warnings(self, step: int) -> Iterable[str]:
-        """What is wrong, at logging steps; each warning once until the matter is right again."""
+        """What is wrong, at logging steps; each warning once until its cause is gone."""
         if not self.measured or (step + 1) % self.args.logging_steps:
             return
         length, student, teacher = torch.stack(self.measured).mean(0).tolist()

@@ -54,7 +54,7 @@ class Arguments(CommonArguments):
         "learn only from answers that --grader accepts (exact: equal to a reference of their row, "
         "word by word)",
     )
-    api_greedy_temperature: float = flag(0.0, "what a server that refuses 0 is asked for instead")
+    api_greedy_temperature: float = flag(0.0, "temperature sent instead of 0, where 0 is refused")
 
     def check(self) -> None:
         """Refuse flags that contradict each other, before anything is loaded."""
@@ -184,9 +184,9 @@ def write_completions(path: Path, examples: list[Example]) -> None:
 
 
 class ApiTeacher(common.Server):
-    """A model of which nothing but its text is known, asked by conversations.
+    """A model that returns only text and is asked with conversations.
 
-    Greetings tell what is wrong with the server from what is wrong with one prompt.
+    A greeting separates a faulty server from a refused prompt.
     """
 
     def __init__(self, args: Arguments, student: LanguageModel) -> None:

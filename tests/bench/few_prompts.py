@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/few_prompts"))
-    parser.add_argument("--figure", type=Path, default=ROOT / "data" / "few_prompts.png")
+    parser.add_argument("--figure", type=Path, help="default: scores.png in --output-dir")
     args = parser.parse_args()
     if not args.methods:
         args.methods = [m for m in METHODS if not (args.equal_seconds and m.startswith(AFTER))]
@@ -171,7 +171,7 @@ def main() -> None:
     columns = [*SCORES, "gap_recovered"]  # the latter of exact_match
     groups = table.groupby(["prompts", "method"], sort=False)[columns]
     print(groups.agg(["mean", "min", "max"]).to_string(float_format="{:.4f}".format))
-    draw(table, args.figure)
+    draw(table, args.figure or args.output_dir / "scores.png")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python tests/bench/generation.py --models DIR [--batch-size 32] [--rows 96]
 
-DIR holds the real chat model (../shared/real_models.py): smollm2. The prompts are rows of
-data/chat.jsonl, evenly spread over the file, in the model's template. An answer ends with the
-model's end token or after --max-new-tokens. `model.generate` gets the same batch size, once with
+DIR holds SmolLM2-135M-Instruct as smollm2. The prompts are rows of data/chat.jsonl, evenly spread
+over the file, in the model's template. An answer ends with the model's end token or after
+--max-new-tokens. `model.generate` gets the same batch size, once with
 the prompts in the order of the file and once sorted by length, as `common.generate` sorts them.
 
 Only the tokens of answers are counted, end-of-turn token included. Greedy answers can differ where

@@ -3,15 +3,14 @@
     python tests/bench/rollouts.py --models DIR [--rows 256] [--max-new-tokens 96]
     python tests/bench/rollouts.py --models DIR --rows 64 --url http://127.0.0.1:8000/v1
 
-DIR holds the real pair (../shared/real_models.py): smollm2-8l. The prompts are rows of
-data/chat.jsonl, evenly spread over the file, in the model's template, shortest first on both
-sides. Everything is sampled at temperature 1 from the whole vocabulary, and no token ends an
-answer, so that both sides generate the same number of tokens; what `common.generate` saves when
-rows finish early is not in this figure. Both run at batch 8, TRL's default batch, and at batch 64;
-`common.generate` also at 256, its own default. The gain that --rollout-steps brings for a small
---batch-size is the ratio of its lines. With --url a server of the same model (vLLM in developer
-mode) is measured too, as on_policy.py uses it: it gets the weights before every batch, and that
-time is included.
+DIR holds smollm2-8l (see README.md beside this). The prompts are rows of data/chat.jsonl, evenly
+spread over the file, in the model's template, shortest first on both sides. Everything is sampled
+at temperature 1 from the whole vocabulary, and no token ends an answer, so that both sides generate
+the same number of tokens; what `common.generate` saves when rows finish early is not in this
+figure. Both run at batch 8, TRL's default batch, and at batch 64; `common.generate` also at 256,
+its own default. The gain that --rollout-steps brings for a small --batch-size is the ratio of its
+lines. With --url a server of the same model (vLLM in developer mode) is measured too, as
+on_policy.py uses it: it gets the weights before every batch, and that time is included.
 
 The methods take turns, --rounds times, and the best round of each counts. Processor seconds are
 comparable on a busy machine too (with one thread).

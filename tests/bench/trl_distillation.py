@@ -2,7 +2,7 @@
 
     python tests/bench/trl_distillation.py --models DIR --trl-python PYTHON [--steps 4]
 
-DIR holds the real pair (../shared/real_models.py): smollm2 teaches smollm2-8l. Reverse KL at T = 1
+In DIR smollm2 teaches smollm2-8l (see README.md beside this). Reverse KL at T = 1
 on text that the student samples at T = 1 from the whole vocabulary. A step is --batch-size prompts
 of data/chat.jsonl, the same on both sides and in the same order, and exactly --max-new-tokens
 tokens after each prompt: no token ends an answer. trl_common.py says how both sides are measured.

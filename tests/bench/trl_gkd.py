@@ -2,7 +2,7 @@
 
     python tests/bench/trl_gkd.py --models DIR --trl-python PYTHON [--steps 5] [--cached]
 
-DIR holds the real pair (../shared/real_models.py): smollm2 teaches smollm2-8l. Forward KL at T = 1,
+In DIR smollm2 teaches smollm2-8l (see README.md beside this). Forward KL at T = 1,
 no cross-entropy, 4 x 512 tokens. trl_common.py says how both sides are measured.
 
 A row is a conversation made of data/chat.jsonl: some of its texts fill a quarter of the 512 tokens

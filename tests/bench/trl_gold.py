@@ -2,7 +2,7 @@
 
     python tests/bench/trl_gold.py --models DIR --trl-python PYTHON [--steps 5] [--cached]
 
-DIR holds smollm2 (../shared/real_models.py), which teaches a small random Llama. The bench trains
+DIR holds SmolLM2-135M-Instruct as smollm2, which teaches a small random Llama. The bench trains
 the student's byte-level tokenizer on the texts of data/chat.jsonl and the words of this suite's own
 files. This suite runs --loss hybrid or uld with their default weights; TRL runs use_uld_loss with
 its defaults, extended alignment, and cross-entropy with the weight that it has here.
