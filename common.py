@@ -354,7 +354,7 @@ Message = dict[str, Any]  # role, content, and other fields that a chat template
 ROLES = {  # and what data sets call them
     "system": "system developer", "user": "user human prompter",
     "assistant": "assistant gpt chatgpt bot model ai function_call tool_call",
-    "tool": "tool function observation function_response tool_response ipython",
+    "tool": "tool function observation function_response tool_response ipython environment",
 }  # fmt: skip
 
 
@@ -489,18 +489,23 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
     if not isinstance(record, dict):
         raise ValueError("a row must be an object with named columns")
     take = functools.partial(_take, record := _without_nulls(record))
-    tools = _parsed(take("tools", "functions") or [], list, "tools must be a list")
-    as_message = functools.partial(_as_message, has_tools=bool(tools))
     turns = take("messages", "conversations", "conversation")
     if turns_hold_answer := turns is not None:  # else a column of its own holds the answer
         turns = _parsed(turns, list, "messages must be a list")
     else:
-        turns = take("instruction", "prompt", "question", "query", "problem")
+        turns = _turns_in_cell(take("instruction", "prompt", "question", "query", "problem"))
+        if turns is None and isinstance(record.get("input"), list):
+            turns = take("input")
         if not isinstance(turns, list):
             parts = [part for part in (turns, take("input"), take("context")) if part is not None]
             if not parts:
                 raise ValueError("columns messages, prompt, instruction, ... are missing or null")
             turns = ["\n\n".join(filter(None, map(_as_text, parts)))]
+    tools = take("tools", "functions") or []
+    if turns and isinstance(turns[0], dict):  # in some data sets the first turn has them
+        tools = turns[0].pop("tools", None) or tools
+    tools = _parsed(tools, list, "tools must be a list")
+    as_message = functools.partial(_as_message, has_tools=bool(tools))
     rule = "history must be a list of pairs"
     history = _parsed(take("history") or [], list, rule)
     turns = [text for pair in history for text in _parsed(pair, list, rule)] + turns
@@ -509,7 +514,8 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
     if turns_hold_answer and messages and messages[-1]["role"] == "assistant":
         answers = [messages.pop()]
     else:
-        answers = take("completion", "response", "output", "answer", "solution")
+        answers = take("completion", "response", "output", "solution", "answer")
+        answers = _turns_in_cell(answers)
         answers = answers if isinstance(answers, list) else [answers] * (answers is not None)
         answers = [as_message(turn, "assistant") for turn in answers]
     *between, answer = answers or [None]
@@ -519,9 +525,13 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
     if answer is not None and answer["role"] != "assistant":
         raise ValueError("the answer is not an assistant's turn")
     if messages[0]["role"] != "system" and (system := take("system", "system_prompt")):
-        messages.insert(0, {"role": "system", "content": _as_text(system)})
+        system = _as_text(system, rule="system must be a string")
+        messages.insert(0, {"role": "system", "content": system})
     references = _parsed(take("references") or [], list, "references must be a list")
-    references = references or [r for r in [take("reference")] if r is not None]
+    more = [r for r in [take("reference")] if r is not None]
+    if not (more or turns_hold_answer) and isinstance(record.get("answer"), str):
+        more = [take("answer")]  # the result of a worked solution
+    references = references or more
     if not references and answer is not None and "tool_calls" not in answer:
         references = [answer["content"]]
     rule = "chat_template_kwargs must be an object"
@@ -530,8 +540,18 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
         options = options | {"tools": [_as_function(tool) for tool in tools]}
     unused.update(record.keys())
     record = {k: v.get(NOT_TEXT, v) if isinstance(v, dict) else v for k, v in record.items()}
-    references = [_as_text(r) for r in references]
+    rule = "references must be strings"
+    references = [_as_text(r, rule=rule) for r in references]
     return Conversation(messages, answer, references, source, options, record)
+
+
+def _turns_in_cell(value: Any) -> Any:
+    """The turns that a csv cell spells in JSON, or the value itself."""
+    with contextlib.suppress(ValueError, TypeError):
+        turns = json.loads(value)
+        if isinstance(turns, list) and all("role" in turn or "from" in turn for turn in turns):
+            return turns
+    return value
 
 
 def _as_message(turn: Any, role: str | None, has_tools: bool) -> Message:
@@ -635,7 +655,7 @@ def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversat
 def check_printed(model: LanguageModel, turns: list[Message], *names: str, **options: Any) -> None:
     """`UsageError` if the rendered text does not change when a turn loses one of these fields."""
     for i, turn in enumerate(turns):
-        for name in turn.keys() & names:
+        for name in (name for name in names if turn.get(name)):
             bare = {key: turn[key] for key in turn if key != name}
             texts = ["", None]  # unequal, unless both are rendered
             with contextlib.suppress(UsageError):  # a template may insist on the field
@@ -1566,9 +1586,11 @@ def opened_tag(tokenizer: Tokenizer, **options: Any) -> str:
     prompt = render(tokenizer, asked, prompt=True, **options)
     cue = prompt.removeprefix(render(tokenizer, asked, **options))
     tag = re.search(r"[<\[]\w+[>\]]\s*\Z", cue)
-    if tag is None or tag[0].strip() in render(tokenizer, turns, **options):
+    if tag is None:
         return ""
-    return tag[0]
+    name, text = re.escape(tag[0].strip()), render(tokenizer, turns, **options)
+    text = re.sub(rf"{name}\s*{name[0]}/{name[1:]}", "", text)  # an empty block of an earlier turn
+    return "" if tag[0].strip() in text else tag[0]
 
 
 def share_tag(pair: Pair) -> None:
@@ -1625,9 +1647,15 @@ def assistant_spans(
     if "generation" in template.replace("add_generation_prompt", ""):
         text, spans = _render(tokenizer, messages, return_assistant_tokens_mask=True, **options)
         asked = [render(tokenizer, messages[:-1], prompt=p, **options) for p in (True, False)]
-        cue = asked[0].removeprefix(asked[1])  # some templates mark it too
-        if spans:
-            return text, [(a + len(cue) * text.startswith(cue, a), b) for a, b in spans]
+        cue = asked[0].removeprefix(asked[1])  # some templates mark it too, or its end
+        parts = range(len(cue) + 1)
+        begins = [next((a + n for n in parts[::-1] if text.startswith(cue, a + n - len(cue))), a)
+                  for a, _ in spans]  # fmt: skip
+        spans = [(begin, b) for begin, (_, b) in zip(begins, spans, strict=True)]
+        turns = [m for m in messages if m["role"] == "assistant"][-len(spans) :]
+        if all(_prints(text[a:b], m) for (a, b), m in zip(spans, turns, strict=False)):
+            return text, spans
+        return text, spans[-1:]
     text, spans = render(tokenizer, messages, **options), []
     for i, message in enumerate(messages):
         # What the assistant says before the user does has no prompt that a template could render.
@@ -1683,7 +1711,9 @@ def tokenize_conversation(model: LanguageModel, messages: list[Message], **optio
     If the template prints no end after the last turn, the model's own is appended. If it does not
     print the last turn as it is, there are no targets.
     """
-    check_printed(model, messages, "tool_calls", "reasoning_content", **options)
+    # Where the prompt opens reasoning, `dataset_examples` can write it itself.
+    own = () if model.opens.startswith("<think>") else ("reasoning_content",)
+    check_printed(model, messages, "tool_calls", *own, **options)
     text, spans = assistant_spans(model.tokenizer, messages, **options)
     if spans and not _prints(text[slice(*spans[-1])], messages[-1]):
         spans = []
@@ -1735,6 +1765,8 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
             with usage_error(c.source, UsageError, TypeError):  # TypeError: a reserved option
                 check_printed(model, c.messages, "tool_calls", **c.options)
                 texts.append(render(model.tokenizer, c.messages, prompt=True, **c.options))
+                if not all(_prints(texts[-1], m) for m in c.messages if m["role"] != "assistant"):
+                    check_printed(model, c.messages, "content", **c.options)
             names = {name for m in (*c.messages, c.response or {}, c.options) for name in m}
             unused.update(names - words - {"role", "content"})
         if unused:
@@ -1829,7 +1861,8 @@ def dataset_examples(
             sides = [tokenize_conversation(pair.student, turns, **conversation.options)] * 2
             if len(pair.readers) == 2 and prompt.student is not prompt.teacher:  # read differently
                 sides[1] = tokenize_conversation(pair.readers[1], turns, **conversation.options)
-            if not all(side.targets for side in sides):
+            asked = prompt.student, prompt.teacher
+            if not all(t and ids[: len(p)] == p for (ids, t), p in zip(sides, asked, strict=True)):
                 answer = Completion(_unrendered(response), True, 0, None)
                 (example,) = completion_examples([prompt], [answer], pair, sys.maxsize)
                 sides = [example.student, example.teacher]
@@ -1844,7 +1877,7 @@ def dataset_examples(
                 "differently: use --completions teacher"
             )
         earlier = any(turn["role"] == "assistant" for turn in conversation.messages)
-        last_only += earlier and sides[0].targets[0] >= len(prompt.student) - 1
+        last_only += earlier and sides[0].targets[0] >= len(prompt.student)
         ours, theirs = _cut(sides, max_length, shared)
         cut += len(ours.targets) < len(answers[0])
         if ours.targets:

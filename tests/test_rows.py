@@ -127,6 +127,11 @@ PUBLIC = {
     "preferences": ({"prompt": "q", "response": "a", "chosen": "c", "rejected": "r"}, "user q",
                     {"chosen", "rejected"}),
     "input and output": ({"input": "q", "output": "a"}, "user q", set()),
+    "MATH-500": ({"problem": "q", "solution": "a", "answer": "204", "level": 2}, "user q",
+                 {"level"}),
+    "Nemotron": ({"input": [USER], "output": "a", "system_prompt": "s"}, "system s|user q", set()),
+    "turns in csv cells": (
+        {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])}, "user q", set()),
     "SQuAD": ({"question": "q", "context": "c", "answer": "a", "answers": {"text": ["a"]}},
               "user q\n\nc", {"answers"}),
 }  # fmt: skip
@@ -139,7 +144,8 @@ def test_rows_of_public_data_sets(name: str, tmp_path: Path, capsys, models):
     rows = load(tmp_path, row)
     (text, targets), *_ = learned(models["plain"], rows)
     assert text == chatml(*prompt.split("|"), "assistant a")
-    assert targets.endswith("a<|im_end|>") and rows[0].references == ["a"]
+    assert targets.endswith("a<|im_end|>")
+    assert rows[0].references == ["204" if name == "MATH-500" else "a"]
     line = next((x for x in capsys.readouterr().out.splitlines() if "columns" in x), "{}")
     assert json.loads(line[line.index("{") :].replace("'", '"')) == dict.fromkeys(unused, 1)
 
@@ -162,6 +168,11 @@ def test_tools_reach_the_template(tools: Any, tmp_path: Path, models):
     assert text == chatml(f"system Tools: {json.dumps([TOOL])}", "user q", "assistant a")
     (row,) = load(tmp_path, {"prompt": "q", "tools": "[]", "chat_template_kwargs": {"x": 1}})
     assert row.options == {"x": 1}
+    given = {"role": "system", "content": "s", "tools": tools}  # of the first turn: the row's
+    ((text, _),) = learned(models["tools"], load(tmp_path, {"messages": [given, USER, ANSWER]}))
+    assert text == chatml(
+        f"system Tools: {json.dumps([TOOL])}", "system s", "user q", "assistant a"
+    )
 
 
 def test_messages_that_begin_with_system_keep_theirs(tmp_path: Path, capsys, models):
@@ -189,7 +200,9 @@ BAD = [
     ({"prompt": "q", "tools": "add(a, b)"}, "tools must be a list"),
     ({"prompt": "q", "tools": [{"type": "function"}]}, "the name of a tool"),
     ({"prompt": "q", "tools": [5]}, "must be an object"),
-    ({"prompt": "q", "system": ["s"]}, "a string, not list"),
+    ({"prompt": "q", "system": ["s"]}, "system must be a string, not list"),
+    ({"prompt": "q", "references": [{}]}, "references must be strings, not dict"),
+    ({"prompt": "q", "completion": {"value": "a"}}, "role of a turn is None"),
     ({"prompt": "q", "completion": [USER]}, "not an assistant"),
     ({"prompt": [USER, ANSWER], "completion": "b"}, "two assistant turns"),
     ({"text": "q"}, "columns .* are missing"),
@@ -295,6 +308,12 @@ def test_fields_that_are_not_printed(tmp_path: Path, capsys, models):
     with pytest.raises(UsageError, match="does not print the tool_calls"):  # part of the prompt
         rows = load(tmp_path, {"messages": [USER, call, result]})
         common.tokenize_prompts(rows, Pair(models["plain"], models["plain"]), 999)
+    without_tools = CHATML.replace("for m in messages", "for m in messages if m.role != 'tool'")
+    deaf = language_model(llama(t := byte_tokenizer(without_tools)), t, "deaf")
+    said = [USER, {"role": "assistant", "content": "add(2, 3)"}, result]
+    common.tokenize_prompts(load(tmp_path, {"messages": said}), Pair(*[models["plain"]] * 2), 999)
+    with pytest.raises(UsageError, match=r"rows.jsonl:1: .*does not print the content of turn 3"):
+        common.tokenize_prompts(load(tmp_path, {"messages": said}), Pair(deaf, deaf), 999)
     capsys.readouterr()
     named = {"messages": [USER | {"name": "Ann", "id": 7, "toxic": None}, ANSWER], "tools": [TOOL]}
     assert learned(models["plain"], load(tmp_path, named, named))[0][1] == "a<|im_end|>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -315,14 +316,27 @@ QWEN3 = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 QWEN3_CUE = QWEN3.replace("assistant\n{%", "assistant\n<think>\n{%")
+# As Nemotron 3's: earlier turns have an empty block, which is no role's name.
+EMPTY_BLOCKS = THINK_CUE.replace(
+    "\n{{ m.content }}",
+    "\n{% if m.role == 'assistant' %}<think></think>{% endif %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') }}",
+)
+# As R1's, with the marks that trainers add: the marked text does not begin with the cue's tag.
+MARKED_CUE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ '\n' + m.content }}<|im_end|>{% endgeneration %}{% else %}{{ '\n' + m.content }}<|im_end|>"
+    "{% endif %}"
+    "\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
 REASONED = "<think>\nhm\n</think>\n\nfour"
 
 
 @pytest.mark.parametrize("text", [REASONED, "hm\n</think>\n\nfour"], ids=["both tags", "one tag"])
 @pytest.mark.parametrize(
     "template",
-    [CHATML, THINK_CUE, FORGETFUL, QWEN3, QWEN3_CUE],
-    ids=["plain", "cue", "r1", "qwen3", "qwen3 cue"],
+    [CHATML, THINK_CUE, FORGETFUL, QWEN3, QWEN3_CUE, EMPTY_BLOCKS, MARKED_CUE],
+    ids=["plain", "cue", "r1", "qwen3", "qwen3 cue", "empty blocks", "marked cue"],
 )
 def test_reasoning_in_a_single_turn(template: str, text: str):
     """Prompt and targets are the whole answer, with each tag once; the cue's part is no target."""
@@ -334,13 +348,62 @@ def test_reasoning_in_a_single_turn(template: str, text: str):
     assert learned(model, example.student) == REASONED.removeprefix(opened) + "<|im_end|>"
 
 
-def test_an_answer_without_reasoning_after_a_cue_that_opens_it():
+@pytest.mark.parametrize("template", [THINK_CUE, EMPTY_BLOCKS, MARKED_CUE])
+def test_an_answer_without_reasoning_after_a_cue_that_opens_it(template: str):
     """The reasoning is closed, empty, rather than the answer be written inside it."""
+    model = model_of(byte_tokenizer(template))
+    example = examples_of(row("ask", "four"), model)
+    assert learned(model, example.student) == "\n</think>\n\nfour<|im_end|>"
+    assert read(model, example.student).endswith("assistant\n<think>\n\n</think>\n\nfour<|im_end|>")
+
+
+def test_reasoning_in_a_field_after_a_cue_that_opens_it():
+    """A template that does not print the field: the answer is written as the model would."""
     model = model_of(byte_tokenizer(THINK_CUE))
-    assert (
-        learned(model, examples_of(row("ask", "four"), model).student)
-        == "\n</think>\n\nfour<|im_end|>"
+    talk = row("ask", "four")
+    talk.response["reasoning_content"] = "hm"
+    assert learned(model, examples_of(talk, model).student) == "hm\n</think>\n\nfour<|im_end|>"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_example_begins_with_its_prompt(seed: int, tokenizer):
+    """Also where a token spans their boundary: real tokenizers join line ends."""
+    model = model_of(AutoTokenizer.from_pretrained(common.DATA / "teacher"))
+    model.tokenizer.chat_template = CHATML
+    real = os.environ.get("DISTIL_REAL_MODELS")
+    models = [model, *([model_of(AutoTokenizer.from_pretrained(f"{real}/smollm2"))] * bool(real))]
+    for model in models:
+        for answer in ("\nfour", "\n\nfour", " four", "four"):
+            talk = row("ask" * seed + "x", answer)
+            (prompt,) = common.tokenize_prompts([talk], Pair(model, model), 900)
+            example = examples_of(talk, model).student
+            assert example.ids[: len(prompt.student)] == prompt.student
+            assert learned(model, example).startswith(answer)
+
+
+def test_marked_turns_are_compared_with_what_was_said(capsys):
+    """A template that marks earlier turns without their reasoning: only the last is learned."""
+    marked = MARKED.replace(
+        "{{ m.content }}{% endgen",
+        "{% if loop.last %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] }}"
+        "{% endif %}{% endgen",
     )
+    model = model_of(byte_tokenizer(marked))
+    example = examples_of(row("ask", REASONED, "again", REASONED), model)
+    assert learned(model, example.student) == f"{REASONED}<|im_end|>"
+    assert "only the last answer" in capsys.readouterr().out
+
+
+def test_marks_that_hold_a_part_of_the_cue():
+    """The line end before an answer is the cue's."""
+    template = CHATML.replace(
+        "{{ m.role }}\n{{ m.content }}<|im_end|>",
+        "{{ m.role }}{% generation %}{{ '\n' + m.content }}<|im_end|>{% endgeneration %}",
+    )
+    model = model_of(byte_tokenizer(template))
+    talk = row("ask", "four")
+    assert learned(model, examples_of(talk, model).student).endswith("four<|im_end|>")
+    assert not learned(model, examples_of(talk, model).student).startswith("\n")
 
 
 @pytest.mark.parametrize("template, turns", [(QWEN3, 1), (FORGETFUL, 1), (CHATML, 2)])
