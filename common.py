@@ -547,10 +547,10 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
 
 def _turns_in_cell(value: Any) -> Any:
     """The turns that a csv cell spells in JSON, or the value itself."""
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
         turns = json.loads(value)
-        if isinstance(turns, list) and all("role" in turn or "from" in turn for turn in turns):
-            return turns
+        if all({"role", "content"} <= t.keys() or {"from", "value"} <= t.keys() for t in turns):
+            return turns or value
     return value
 
 
@@ -1062,9 +1062,13 @@ class Pair(NamedTuple):
         return [self.student] if reader is self.student else [self.student, reader]
 
     def different_tokens(self) -> list[str]:
-        """Tokens that one model lacks or has at another id, except those added at the end."""
+        """Tokens that one model lacks or has at another id, except those added at the end that end
+        no turn."""
         size = min(model.vocabulary for model in self)
-        return _different_tokens(*(model.tokenizer for model in self), size)
+        ends = [
+            m.tokenizer.convert_ids_to_tokens(m.end_ids[0]) for m in self if m.end_ids[0] >= size
+        ]
+        return ends + _different_tokens(*(model.tokenizer for model in self), size)
 
     def check_same_vocabulary(self) -> None:
         """Refuse two vocabularies: divergences token by token compare the ids that both have."""
@@ -1811,7 +1815,8 @@ def make_examples(prompts: list[Prompt], pair: Pair, args: CommonArguments) -> l
         cut = sum(end not in pair.student.end_ids for end in ends)
     else:
         examples, cut = dataset_examples(prompts, pair, args.max_length)
-    tokens = sum(len(e.student.targets) for e in examples)
+    if not (tokens := sum(len(e.student.targets) for e in examples)):
+        raise UsageError("no answer is left to learn from")
     PartialState().print(
         f"training text: {len(examples)} examples, {tokens} target tokens; {cut} responses cut"
     )
@@ -1826,7 +1831,13 @@ def completion_examples(
     With one vocabulary both models read the generated ids. Otherwise the student tokenises the text
     itself, and its tokens stand in for those of an API teacher.
     """
-    shared, examples = pair.same_vocabulary, []
+    shared, examples, names = pair.same_vocabulary, [], _control(pair.readers[-1].tokenizer)
+    found = [names.search(c.text) for c in completions if c.ids and not shared]
+    if marked := [match[0] for match in found if match]:
+        PartialState().print(
+            f"{len(marked)} of {len(completions)} answers of {pair.teacher.name} hold control "
+            f"tokens (such as {marked[0]}), which the student reads as text"
+        )
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         text, written, sides = completion.text, completion.ids, []
         if written is None:  # by an API or in a data set, where answers are whole
@@ -1852,9 +1863,12 @@ def dataset_examples(
     A response that the template does not print as it is follows the prompt as a completion does.
     """
     examples, cut, shared = [], 0, pair.same_vocabulary or len(pair.readers) == 1
-    last_only = 0  # conversations with earlier answers that cannot be located
+    empty = last_only = 0  # the latter: conversations with earlier answers that cannot be located
     for i, prompt in enumerate(prompts):
         conversation, response = prompt.conversation, prompt.conversation.response
+        if not any(value for name, value in response.items() if name != "role"):
+            empty += 1
+            continue
         response = response | {"content": whole_answer(response["content"])}
         turns = [*conversation.messages, response]
         with usage_error(conversation.source, UsageError):
@@ -1882,6 +1896,8 @@ def dataset_examples(
         cut += len(ours.targets) < len(answers[0])
         if ours.targets:
             examples.append(Example(i, prompt, response["content"], ours, theirs))
+    if empty:
+        PartialState().print(f"{empty} of {len(prompts)} answers left out: they are empty")
     if last_only:
         PartialState().print(
             f"of {last_only} of {len(prompts)} conversations only the last answer is learned: the "
@@ -3099,7 +3115,8 @@ def _distillation(
         slope = slope if t == 1 else slope.mul_(t)  # T² from the loss, 1/T from logits / T
         gradient = slope if gradient is None else gradient.add_(slope)
     if weight:
-        gradient.scatter_add_(1, target, torch.full_like(target, -weight, dtype=gradient.dtype))
+        # Not `full_like`, whose number a compiled graph would keep from the first weight.
+        gradient.scatter_add_(1, target, torch.ones_like(target, dtype=gradient.dtype) * -weight)
     return torch.stack([loss, kl]), gradient
 
 

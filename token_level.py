@@ -46,8 +46,8 @@ class Arguments(CommonArguments):
             raise common.UsageError(
                 "--jsd-beta must lie inside (0, 1); for the limits use --kl forward and reverse"
             )
-        if not 0 <= self.skew < 1:
-            raise common.UsageError("--skew must lie in [0, 1)")
+        if self.skew and not 1e-6 < self.skew < 1:
+            raise common.UsageError("--skew must be 0 or lie in (1e-6, 1)")
         if self.jsd_beta != 0.5 and self.kl != "jsd":
             raise common.UsageError("--jsd-beta applies to --kl jsd")
         if self.skew and self.kl == "jsd":

@@ -76,6 +76,16 @@ def test_compiled_is_eager_and_compiled_once(objective, head, compiling, monkeyp
             assert error < 5e-6, (ours, wanted)
 
 
+def test_other_weights_of_cross_entropy_in_one_process(compiling):
+    """A compiled graph may keep no number of the first ones."""
+    for weight in (0.5, 0.25, 0.75, 0.3):
+        objective = Objective("reverse", ce_weight=weight)
+        compiled = loss_and_gradients(objective, torch.float32)
+        exact = loss_and_gradients(objective, torch.float64)
+        for ours, wanted in zip(compiled, exact, strict=True):
+            assert (ours - wanted).abs().max() < 5e-6 * wanted.abs().max(), weight
+
+
 def test_small_vocabularies_stay_eager():
     """The embedded models' default runs are shorter than compiling takes."""
     assert common.compiled("cpu", common.COMPILED_FROM - 1) is None

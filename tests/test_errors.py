@@ -153,7 +153,8 @@ CASES = [
     Case("batch size 0", "--batch-size 0", ["--batch-size"]),
     Case("jsd beta 0", "--kl jsd --jsd-beta 0", ["--jsd-beta", "(0, 1)", "forward"]),
     Case("jsd beta 1", "--kl jsd --jsd-beta 1", ["--jsd-beta", "(0, 1)"]),
-    Case("skew 1", "--skew 1", ["--skew", "[0, 1)"]),
+    Case("skew 1", "--skew 1", ["--skew", "(1e-6, 1)"]),
+    Case("skew that rounding loses", "--skew 1e-17 --kl reverse", ["--skew", "(1e-6, 1)"]),
     Case("skew with jsd", "--skew 0.1 --kl jsd", ["--skew", "jsd"]),
     Case("top-p 0", "--top-p 0", ["--top-p", "(0, 1]"]),
     Case("resume nothing", "--resume", ["--resume", "--output-dir"]),
@@ -410,7 +411,7 @@ def test_odd_but_valid(odd: Callable, processes: dict):
         assert not torch.equal(trained[name], weight.float()), name
     results = json.loads((tmp / "named" / "results.json").read_text())
     if odd is every_json_form:
-        assert "9 examples" in done.stdout, done.stdout
+        assert "8 examples" in done.stdout and "1 of 9 answers left out" in done.stdout
         assert "not used, by rows: {'id': 1}\n" in done.stdout
         assert "\n2 of 11 prompts left out: they do not fit into --max-length 100\n" in done.stdout
         assert done.stdout.count("left out") == 1 and "1 responses cut" in done.stdout

@@ -24,7 +24,7 @@ from byte_models import (
     write_rows,
 )
 from conftest import language_model, run_in_process
-from test_templates import trained_on
+from test_templates import model_of, trained_on
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -184,6 +184,27 @@ def test_vocabularies_that_differ_are_still_refused(tmp_path: Path, change: str)
         write(tmp_path / "s", model, AutoTokenizer.from_pretrained(tmp_path / "s"))
     with pytest.raises(UsageError, match=r"differ in \d tokens.*cross_tokenizer.py"):
         run_in_process(token_level, **small_run(tmp_path, teacher, student, plain_rows(tmp_path)))
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_an_added_token_that_ends_turns_is_no_mere_addition(tmp_path: Path, side: str):
+    """Of a chat model beside its base: each model learns its own end, across tokenizers."""
+    plain, more = byte_tokenizer(), byte_tokenizer(CHATML.replace("<|im_end|>", "<|over|>"))
+    more.add_tokens(["<|over|>"], special_tokens=True)
+    more.eos_token = "<|over|>"
+    models = {"teacher": model_of(plain), "student": model_of(plain), side: model_of(more)}
+    pair = Pair(models["student"], models["teacher"])
+    assert not pair.same_vocabulary
+    with pytest.raises(UsageError, match=r"one is '<\|over\|>'\): use cross_tokenizer.py"):
+        pair.check_same_vocabulary()
+    row = common.Conversation([{"role": "user", "content": "ask"}], None, [], "x:1")
+    prompts = common.tokenize_prompts([row], pair, 900)
+    ids = common.tokenize(pair.teacher.tokenizer, "four")[0] + pair.teacher.end_ids[:1]
+    answer = common.Completion("four", True, len(ids), ids)
+    (example,) = common.completion_examples(prompts, [answer], pair, 900)
+    for model, tokens in ((pair.student, example.student), (pair.teacher, example.teacher)):
+        text = model.tokenizer.decode([tokens.ids[i] for i in tokens.targets])
+        assert text == "four" + model.tokenizer.eos_token
 
 
 def test_a_padded_vocabulary_and_an_added_token(tmp_path: Path):

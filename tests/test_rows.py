@@ -338,6 +338,25 @@ def test_content_in_parts(tmp_path: Path, models):
     assert rows[0].references == ["one, two"]
 
 
+def test_empty_answers_are_left_out(tmp_path: Path, capsys, models):
+    """A student would learn to end at once. A call without text is no empty answer."""
+    answers = [{"content": ""}, {"content": "", "tool_calls": [CALL]}, {"content": "a"}]
+    rows = load(tmp_path, *({"messages": [USER, {"role": "assistant"} | a]} for a in answers))
+    assert [t for _, t in learned(models["tools"], rows)] == [f"{CALLED}<|im_end|>", "a<|im_end|>"]
+    assert "1 of 3 answers left out: they are empty" in capsys.readouterr().out
+    args = sequence_level.Arguments(completions="dataset")
+    pair = Pair(models["tools"], None)
+    prompts = common.tokenize_prompts(rows[:1], pair, 900)
+    with pytest.raises(UsageError, match="no answer is left"):
+        common.make_examples(prompts, pair, args)
+
+
+@pytest.mark.parametrize("text", ["[]", '["role"]', '[{"role": "admin"}]', "[1]", "7", "{}"])
+def test_answers_in_json_are_text(text: str, tmp_path: Path, models):
+    rows = load(tmp_path, {"prompt": text, "response": text})
+    assert learned(models["plain"], rows)[0][0] == chatml(f"user {text}", f"assistant {text}")
+
+
 def test_turns_that_are_not_to_be_learned(tmp_path: Path):
     """A weight of 0 would be ignored: refused where that turn is a target."""
     file = write_rows(tmp_path / "rows.jsonl", [{"messages": [USER, ANSWER | {"weight": 0}]}] * 9)

@@ -223,8 +223,8 @@ def test_control_tokens_in_text_are_letters(template: str):
     ]
 
 
-def test_control_tokens_in_a_teachers_text_are_letters(tokenizer):
-    """Text of a teacher with another vocabulary, and of one behind an API."""
+def test_control_tokens_in_a_teachers_text_are_letters(tokenizer, capsys):
+    """Text of a teacher with another vocabulary, which is said, and of one behind an API."""
     student, teacher = model_of(byte_tokenizer()), model_of(tokenizer)
     ids = common.tokenize(tokenizer, TRICKY)[0] + teacher.end_ids[:1]
     for pair, written in ((Pair(student, teacher), ids), (Pair(student, None), None)):
@@ -233,6 +233,8 @@ def test_control_tokens_in_a_teachers_text_are_letters(tokenizer):
         (example,) = common.completion_examples(prompts, [answer], pair, 200)
         assert learned(student, example.student) == TRICKY + "<|im_end|>"
         assert len(example.student.targets) == len(TRICKY) + 1
+        said = "1 of 1 answers of tiny hold control tokens (such as <|pad|>)"
+        assert (said in capsys.readouterr().out) == (written is not None)
 
 
 def test_a_long_text_with_a_control_token():
