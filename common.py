@@ -271,6 +271,7 @@ def check_arguments(args: CommonArguments) -> None:
     changed, url = changed_flags(args).keys(), args.api_base_url
     urls = {"--api-base-url": url, "--rollout-url": getattr(args, "rollout_url", None)}
     api = [as_flag(name) for name in changed if name.startswith("api_")]
+    api = [name for name in api if not (urls["--rollout-url"] and name == "--api-timeout")]
     weights = {"teacher_dtype", "teacher_device_map"}
     weights |= {*(() if args.two_tokenizers else ("teacher", "teacher_revision"))}
     trackers = ["none", *map(str, get_available_trackers())]
@@ -295,6 +296,7 @@ def check_arguments(args: CommonArguments) -> None:
          "--dataset-config and --dataset-split are for hub data sets and directories"),
         ("eval_split" in changed and (not args.eval_dataset or Path(args.eval_dataset).is_file()),
          "--eval-split is for a hub data set or directory in --eval-dataset"),
+        (args.seed >= 2**63, f"--seed must be below 2**63, not {args.seed}"),
         (args.api_max_failures > 1, "--api-max-failures is a share, from 0 to 1"),
         (api and not url, f"{', '.join(api)} needs --api-base-url"),
         (url and changed & weights, f"{', '.join(map(as_flag, sorted(changed & weights)))} is for "
@@ -774,7 +776,7 @@ class FunctionGrader:
         signal.setitimer(signal.ITIMER_REAL, GRADER_SECONDS)
         try:
             return bool(self.function(text, row))
-        except (Exception, TooLong) as problem:
+        except (Exception, SystemExit, TooLong) as problem:
             self.failures.append(f"{row['source']}: {type(problem).__name__}: {problem}")
             if len(self.failures) == 1:
                 line = f"--grader {self.name} failed, counted as wrong: {self.failures[0]}"
@@ -1144,7 +1146,8 @@ def open_model(
         with contextlib.suppress(OSError):  # most models have this file, none needs it
             generation_config = GenerationConfig.from_pretrained(name, revision=revision)
     text_config, options = config.get_text_config(), json.loads(args.template_kwargs)
-    ends = end_of_turn_ids(tokenizer, text_config, generation_config, **options)
+    with usage_error("--template-kwargs", TypeError):  # a name that the template is given anyway
+        ends = end_of_turn_ids(tokenizer, text_config, generation_config, **options)
     if not (ends := [i for i in ends if i < text_config.vocab_size]):
         raise UsageError(f"{name}: neither its chat template nor its tokenizer has an end token")
 
@@ -1835,7 +1838,7 @@ def completion_examples(
     found = [names.search(c.text) for c in completions if c.ids and not shared]
     if marked := [match[0] for match in found if match]:
         PartialState().print(
-            f"{len(marked)} of {len(completions)} answers of {pair.teacher.name} hold control "
+            f"{len(marked)} of {len(completions)} answers of {pair.readers[-1].name} hold control "
             f"tokens (such as {marked[0]}), which the student reads as text"
         )
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -2518,6 +2521,10 @@ class Server:
     def scrubbed(self, problem: Any) -> str:
         """What went wrong, on one line and without the key, which a server may repeat."""
         words = str(problem)
+        if isinstance(problem, self.openai.APIStatusError) and words.endswith(
+            str(problem.status_code)
+        ):
+            words = " ".join(problem.response.text.split()) or words  # not in OpenAI's form
         if isinstance(problem, self.openai.APIConnectionError):
             while problem := problem.__cause__ or problem.__context__:
                 words = str(problem) or words  # the innermost cause tells most
@@ -2543,6 +2550,7 @@ class ServerTeacher(Server):
         self.identity += ["ids", row_seed(sorted(reader.tokenizer.get_vocab().items()))]
         name = f"{row_seed(self.identity, self.top):016x}"
         self.states_dir = Path(args.cache_dir) / "logprobs" / name if args.cache_teacher else None
+        self.identity.append(reader.end_ids)  # of its text
 
     def head(self) -> None:
         """There is none: see `teacher_logits`."""
@@ -2654,6 +2662,8 @@ class ServerTeacher(Server):
             ]
         except NoAnswer as problem:
             raise self.refused(problem, needs * (problem.status in {400, 404, 405, 422})) from None
+        except (TypeError, ValueError, LookupError, AttributeError) as problem:
+            raise UsageError(f"{self.base_url} {needs}: {self.scrubbed(problem)}") from None
         for changed, cause in (
             (cold, "the sampling temperature: vllm serve --logprobs-mode raw_logprobs"),
             (together, "what else is in the batch"),
@@ -2747,6 +2757,8 @@ class RolloutServer(ServerTeacher):
         super().__init__(dataclasses.replace(args, api_concurrency=many, **own), student)
         self.student, self.texts = student, []
         self.directory = Path(args.rollout_weights).resolve()
+        if self.directory == student.directory.resolve():
+            raise UsageError("--rollout-weights is the student's own directory, and is written to")
 
     def publish(self, prompts: list[list[int]]) -> None:
         """In `evaluating()`: give the server the present weights, and compare its log-probabilities
@@ -3088,54 +3100,44 @@ def distillation_loss(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The objective summed over N target tokens with ids `targets` (N,); without a teacher it is
     cross-entropy alone. Returns what `chunked_loss` returns."""
-    given, body = [targets], _distillation
-    if isinstance(teacher, TopLogprobs):
-        given, body, teacher = [teacher.ids, teacher.logprobs], _top_logprobs, None
-    pieces = [(rows, rows, (*(t[rows] for t in given), objective)) for rows in student.chunks()]
-    return chunked_loss(student, teacher, pieces, body)
+    server = [teacher.ids, teacher.logprobs] if isinstance(teacher, TopLogprobs) else []
+    given, teacher = [targets, *server], None if server else teacher
+    pieces = [(rows, rows, (objective, *(t[rows] for t in given))) for rows in student.chunks()]
+    return chunked_loss(student, teacher, pieces, _distillation)
 
 
 def _distillation(
-    logits: Tensor, teacher_logits: Tensor | None, inputs: tuple[Tensor, Objective]
+    logits: Tensor, teacher_logits: Tensor | None, inputs: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
-    target, (_, _, _, t, weight) = inputs[0][:, None], inputs[1]
+    """`inputs` are the objective, the targets (n,), and the ids and log-probabilities of a server
+    (T = 1). Merging tokens into one outcome lowers a divergence, so that of its K + 2 outcomes is a
+    lower bound of that of the whole vocabulary, and never negative."""
+    (_, _, _, t, weight), target, *server = inputs
     kl, loss, gradient = logits.new_zeros(()), logits.new_zeros(()), None
     if weight:
         logprobs = log_softmax_with_temperature(logits)
-        loss = -weight * logprobs.gather(1, target).sum()
+        loss = -weight * logprobs.gather(1, target[:, None]).sum()
         gradient = logprobs.exp_().mul_(weight)
-    if teacher_logits is not None:
+    if server or teacher_logits is not None:
         logprobs = log_softmax_with_temperature(logits, t)
         del logits
-        theirs = log_softmax_with_temperature(teacher_logits, t)
+        if server:
+            logprobs, theirs, others = outcomes(logprobs, *server)
+        else:
+            theirs = log_softmax_with_temperature(teacher_logits, t)
         del teacher_logits
-        values, slope = divergence(logprobs, theirs, inputs[1])
+        values, slope = divergence(logprobs, theirs, inputs[0])
         kl = values.sum()
         loss = loss + t**2 * kl
         slope = slope if t == 1 else slope.mul_(t)  # T² from the loss, 1/T from logits / T
+        if server:  # the last outcome's logit is the logsumexp of its tokens' logits
+            slope = others.exp_().mul_(slope[:, -1:]).scatter_add_(1, server[0], slope[:, :-1])
         gradient = slope if gradient is None else gradient.add_(slope)
     if weight:
         # Not `full_like`, whose number a compiled graph would keep from the first weight.
-        gradient.scatter_add_(1, target, torch.ones_like(target, dtype=gradient.dtype) * -weight)
+        step = torch.ones_like(target[:, None], dtype=gradient.dtype) * -weight
+        gradient.scatter_add_(1, target[:, None], step)
     return torch.stack([loss, kl]), gradient
-
-
-def _top_logprobs(
-    logits: Tensor, _: None, inputs: tuple[Tensor, Tensor, Objective]
-) -> tuple[Tensor, Tensor]:
-    """The objective at T = 1 on a server's K + 2 outcomes. Merging tokens into one outcome lowers a
-    divergence, so this is a lower bound of that of the whole vocabulary, and never negative."""
-    ids, logprobs, objective = inputs
-    weight = objective.ce_weight
-    ours, theirs, others = outcomes(log_softmax_with_temperature(logits), ids, logprobs)
-    slope, loss = weight * ours.exp(), -weight * ours[:, 0].sum()  # of cross-entropy
-    slope[:, 0] -= weight
-    values, gradient = divergence(ours, theirs, objective)  # which may overwrite its inputs
-    kl, slope = values.sum(), slope + gradient  # (n, K + 2)
-    # The last outcome's logit is the logsumexp of its tokens' logits.
-    gradient = others.exp_().mul_(slope[:, -1:])
-    gradient.scatter_add_(1, ids, slope[:, :-1])
-    return torch.stack([loss + kl, kl]), gradient
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -3345,7 +3347,8 @@ def gap_recovered(before: list[Tally], after: list[Tally], teacher: list[Tally])
 FLAGS_FREE_ON_RESUME = {
     "output_dir", "overwrite", "resume", "cache_dir", "save_steps", "save_total_limit",
     "eval_steps", "logging_steps", "generation_batch_size", "report_to", "plan",
-    "api_concurrency", "api_timeout", "api_max_failures", "rollout_url", "rollout_weights",
+    "api_base_url", "api_concurrency", "api_timeout", "api_max_failures", "rollout_url",
+    "rollout_weights",
 }  # fmt: skip
 
 
@@ -3384,6 +3387,10 @@ def start(script: str, args: CommonArguments) -> Accelerator:
             raise UsageError(
                 f"--overwrite would remove {directory}, which is no run directory (no args.json)"
             )
+    read = {"cache_dir", *(("student", "teacher", "dataset", "eval_dataset") * args.overwrite)}
+    for name, value in ((name, getattr(args, name)) for name in read if args.output_dir):
+        if value and Path(value).resolve().is_relative_to(directory.resolve()):
+            raise UsageError(f"{as_flag(name)} {value} lies inside --output-dir {directory}")
     torch.manual_seed(args.seed)  # for the initial weights of adapters
     return accelerator
 
@@ -3461,9 +3468,13 @@ class Run:
     current: Run | None = None  # the run that trains in this process
 
     def __init__(
-        self, script: str, args: CommonArguments, accelerator: Accelerator, evaluator: Evaluator
-    ) -> None:
-        """Claim the directory, or find the checkpoint to continue, and score the student."""
+        self, script: str, args: CommonArguments, accelerator: Accelerator, evaluator: Evaluator,
+        examples: Sequence[Example] | Sequence[Prompt],
+    ) -> None:  # fmt: skip
+        """Claim the directory, or find the checkpoint to continue, and score the student.
+
+        Raises `UsageError` if a run that is continued had other `examples` to learn from.
+        """
         self.script, self.args, self.accelerator = script, args, accelerator
         self.evaluator, self.student = evaluator, evaluator.student
         self.pending: list[tuple[int, dict[str, Any], list[list[Example]]]] = []
@@ -3482,11 +3493,20 @@ class Run:
             print(f"run directory: {self.directory}")
         self.directory = broadcast_object_list([self.directory])[0]
         self.checkpoint = next(reversed(self._checkpoints()), None) if args.resume else None
+        text = hashlib.sha256()
+        for item in (*examples, *evaluator.prompts):
+            text.update(repr(item.student).encode())
         # What a checkpoint holds beside weights, optimizer and random state.
-        self.state = {"step": 0, "lines": 0, "seconds": 0.0, "before": None}
+        start = {"step": 0, "lines": 0, "seconds": 0.0, "before": None, "text": text.hexdigest()}
+        self.state = start
         if self.checkpoint is not None:
             with self._corrupt():
-                self.state = json.loads((self.checkpoint / "state.json").read_text())
+                self.state = start | json.loads((self.checkpoint / "state.json").read_text())
+            if self.state["text"] != start["text"]:
+                raise UsageError(
+                    f"--resume cannot continue {self.directory}: the text that it learns from, or "
+                    "its evaluation prompts, are not what they were"
+                )
         self.began = STARTED - self.state["seconds"]  # as if it had not been interrupted
         metrics = self.directory / "metrics.jsonl"
         if metrics.exists() and accelerator.is_main_process:  # drop what the checkpoint lacks
@@ -3509,7 +3529,8 @@ class Run:
             if name not in FLAGS_FREE_ON_RESUME | {"cache_teacher"}
         ]
         named = self.args.output_dir
-        base = Path(named or "runs/" + "-".join([self.script, *flags])[:180])
+        name = "-".join([self.script, *flags]).encode()[:180].decode(errors="ignore")
+        base = Path(named or f"runs/{name}")
         for number in itertools.count(1):
             directory = base if number == 1 else base.with_name(f"{base.name}-{number}")
             with contextlib.suppress(FileExistsError):
@@ -3662,7 +3683,7 @@ class Run:
         if self.accelerator.is_main_process:
             write_json(path / "state.json", self.state)
             keep = self._checkpoints()[-self.args.save_total_limit :]  # 0: all that are whole
-            for old in {*path.parent.iterdir()} - {*keep}:
+            for old in {*path.parent.glob("step-*")} - {*keep}:
                 (old / "state.json").unlink(missing_ok=True)  # first: then it does not count
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
@@ -3994,9 +4015,11 @@ def _peak_of_generation(
 
 def compare_runs(paths: Iterable[str]) -> None:
     """`python common.py runs/*`: the scores of finished runs in one table and one picture."""
-    runs = [Path(p) for p in paths if (Path(p) / "results.json").is_file()]
+    files = ("results.json", "metrics.jsonl")
+    runs = [Path(p) for p in paths if all((Path(p) / name).is_file() for name in files)]
     if not runs:
-        sys.exit("error: no finished run (a directory with a results.json) among the arguments")
+        print("error: no finished run (a directory with a results.json)", file=sys.stderr)
+        sys.exit(2)
     results = [json.loads((path / "results.json").read_text(encoding="utf-8")) for path in runs]
     columns = ["kl_to_teacher", "top1_agreement", "exact_match", "error_rate", "bits_per_byte"]
     names = pandas.Index([path.name for path in runs], name="after training")

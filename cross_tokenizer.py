@@ -575,7 +575,7 @@ def main(args: Arguments) -> None:
     teacher_hidden = common.TeacherHiddenStates(teacher, examples, "training text")
     if args.cache_teacher and pair.has_weights:
         teacher.unload()  # its head and hidden states are all that training needs
-    run = common.Run("cross_tokenizer", args, accelerator, evaluator)
+    run = common.Run("cross_tokenizer", args, accelerator, evaluator, examples)
 
     module = CrossTokenizerLoss(student, teacher.head(), alignments)
     module, optimizer = common.prepare(accelerator, module, args, teacher)

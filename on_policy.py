@@ -363,7 +363,7 @@ def main(args: Arguments) -> None:
     evaluator = Evaluator(evaluation, pair, args)
     teacher_hidden = common.TeacherHiddenStates(teacher, examples, "training text")
     top = 0 if args.estimator == "sampled" else None  # K of a server, on the student's text
-    run = common.Run("on_policy", args, accelerator, evaluator)
+    run = common.Run("on_policy", args, accelerator, evaluator, examples or prompts)
     nats = common.scores(run.state["before"])["kl_to_teacher"]
     if args.kl == "reverse" and args.estimator == "exact" and nats > WEAK:
         accelerator.print(

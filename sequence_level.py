@@ -267,7 +267,7 @@ class ApiTeacher(common.Server):
             raise ValueError("finish_reason abort")
         if reason not in FINISHED | CUT or (message.get("refusal") and not text):
             return Completion(self.scrubbed(f"{reason}: {json.dumps(message)}"), None, 0, None)
-        if not isinstance(length, int):
+        if not (isinstance(length, int) and length < 2**31):
             length = len(common.tokenize(self.reader.tokenizer, text)[0])
         return Completion(text, reason in FINISHED, length, None)
 
@@ -288,7 +288,7 @@ def main(args: Arguments) -> None:
     examples, selection = training_text(train, prompts, pair, args)
     evaluator = common.Evaluator(evaluation, pair, args)
     del pair  # training needs nothing more of the teacher
-    run = common.Run("sequence_level", args, accelerator, evaluator)
+    run = common.Run("sequence_level", args, accelerator, evaluator, examples)
     if accelerator.is_main_process and selection:
         write_completions(run.directory / "completions.jsonl", examples)
 

@@ -95,7 +95,7 @@ def main(args: Arguments) -> None:
     teacher_hidden = common.TeacherHiddenStates(teacher, examples, "training text")
     if args.cache_teacher and pair.has_weights:
         teacher.unload()  # its head and hidden states are all that training needs
-    run = common.Run("token_level", args, accelerator, evaluator)
+    run = common.Run("token_level", args, accelerator, evaluator, examples)
 
     module = TokenLevelLoss(student, teacher.head(), objective)
     module, optimizer = common.prepare(accelerator, module, args, teacher)

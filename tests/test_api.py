@@ -578,14 +578,21 @@ def test_the_client_is_asked_for_by_name(monkeypatch):
 # ------------------------------------------------------------------ what a server does not take
 
 
-def test_what_a_server_does_not_take_is_left_out(serve, ask, capsys):
+@pytest.mark.parametrize("form", ["OpenAI's", "FastAPI's", "text"])
+def test_what_a_server_does_not_take_is_left_out(form: str, serve, ask, capsys):
     """No seed where none is taken, and the limit by its newer name: greetings find that out."""
+
+    def refuse(code: int, words: str) -> Any:
+        others = {"FastAPI's": {"detail": [{"msg": words}]}, "text": {"error": words}}
+        return (
+            (code, {}, json.dumps(others[form]).encode()) if form in others else status(code, words)
+        )
 
     def reply(body: dict[str, Any], _: int) -> Any:
         if "max_tokens" in body:
-            return status(400, "use max_completion_tokens instead of max_tokens")
+            return refuse(400, "use max_completion_tokens instead of max_tokens")
         if "seed" in body:
-            return status(422, "unknown field: seed")
+            return refuse(422, "unknown field: seed")
         return completion(f"{word_of(body)} {body['max_completion_tokens']}")
 
     server = serve(reply, greetings=True)

@@ -135,13 +135,14 @@ def test_exceptions_and_time_out_count_as_wrong_and_are_said_once(tmp_path, monk
     (tmp_path / "own.py").write_text(
         "import time\n\ndef own(text, row):\n    try:\n        while text == 'slow':\n"
         "            time.sleep(0.01)\n    except Exception:\n        return True\n"
+        "    if text == 'exit':\n        exit()\n"
         "    return 1 / (text != 'fails') if text in row['allowed'] else 0\n"
     )
     monkeypatch.setattr(common, "GRADER_SECONDS", 0.2)
     grade = common.load_grader(f"{tmp_path / 'own.py'}:own")
     talk = common.Conversation([], None, [], "rows:7", columns={"allowed": ["good", "fails"]})
-    answers = ["good", "bad", "fails", "slow"]
-    assert [grade(text, talk.row()) for text in answers] == [True, False, False, False]
+    answers = ["good", "bad", "fails", "slow", "exit"]
+    assert [grade(text, talk.row()) for text in answers] == [True, *[False] * 4]
     assert grade.failures[1] == "rows:7: TooLong: it ran for more than 0.2 seconds"
     assert capsys.readouterr().err.count("counted as wrong: rows:7: ZeroDivisionError") == 1
 

@@ -222,6 +222,22 @@ def test_what_cannot_be_resumed(whole_run, tmp_path):
         common.check_arguments(arguments(None))
 
 
+def test_other_text_cannot_be_resumed_on(tmp_path):
+    """The file under --dataset has changed: other rows would be learned and held out."""
+    rows = [{"prompt": w, "response": "N"} for w in ("night", "train", "river", "seven")]
+    file = tmp_path / "rows.jsonl"
+    flags = {"dataset": str(file), "completions": "dataset", "max_rows": 0, "eval_size": 1}
+    common.write_json_lines(file, rows)
+    in_process(tmp_path / "run", **flags)
+    (tmp_path / "run/results.json").unlink()  # as if it had been stopped before the end
+    common.write_json_lines(file, [*rows[:2], {"prompt": "cloud", "response": "N"}, *rows[3:]])
+    with pytest.raises(common.UsageError, match=r"cannot continue .*are not what they were"):
+        in_process(tmp_path / "run", resume=True, **flags)
+    common.write_json_lines(file, rows)
+    in_process(tmp_path / "run", resume=True, **flags)
+    assert (tmp_path / "run/results.json").exists()
+
+
 def test_old_checkpoints_are_removed_and_corrupt_ones_named(whole_run, tmp_path):
     last = f"step-{STEPS:06}"
     names = sorted(p.name for p in (whole_run / "checkpoints").iterdir())
@@ -239,11 +255,12 @@ def test_old_checkpoints_are_removed_and_corrupt_ones_named(whole_run, tmp_path)
     # Without its state.json, which is written last, a checkpoint is partial, and does not count.
     broken.unlink()
     shutil.copytree(run / "checkpoints" / last, run / "checkpoints" / "step-000002")
+    (run / "checkpoints/.DS_Store").touch()  # of a file manager
     with open(run / "metrics.jsonl", "a") as stream:
         stream.write('{"step": 21, "train')
     in_process(run, resume=True, save_total_limit=1)
     assert_same(run, whole_run)
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [last]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [".DS_Store", last]
 
 
 def test_checkpoints_are_ordered_by_their_steps(tmp_path):

@@ -264,6 +264,36 @@ def teacher_on(stub: Stub, tmp_path: Path, **flags: Any) -> tuple[common.ServerT
     return common.ServerTeacher(args, student), args
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda reply: {"choices": reply["choices"][:1]},
+        lambda reply: {"choices": [c | {"prompt_logprobs": [None]} for c in reply["choices"]]},
+        lambda reply: {"choices": [c | {"prompt_logprobs": [None] * 9} for c in reply["choices"]]},
+    ],
+    ids=["few choices", "short", "nulls"],
+)
+def test_a_server_that_greets_oddly_is_refused(broken, pair, tmp_path):
+    stub, _, served = pair
+    stub.trouble = lambda body, before, reply: broken(reply)
+    with pytest.raises(UsageError, match="is no server for this method"):
+        run_in_process(token_level, **served)
+    stub.trouble = lambda body, before, reply: reply
+    stub.models = [{"id": "served", "max_model_len": "4096"}]
+    with pytest.raises(UsageError, match="is no server for this method"):
+        run_in_process(token_level, **served)
+
+
+def test_text_is_found_by_end_tokens_too(pair, tmp_path):
+    """Another set of them ends other answers; log-probabilities do not depend on them."""
+    stub, *_ = pair
+    teacher, _ = teacher_on(stub, tmp_path)
+    reader = teacher.reader
+    reader.end_ids = [*reader.end_ids, 40]
+    other = common.ServerTeacher(teacher.args, reader)
+    assert teacher.identity != other.identity and teacher.states_dir == other.states_dir
+
+
 def read_one(teacher: common.ServerTeacher, k: int = 8) -> TopLogprobs:
     text = common.Tokens([*range(40, 60)], [5, 9, 19])
     parts: list[Tensor] = []
