@@ -3387,6 +3387,8 @@ def start(script: str, args: CommonArguments) -> Accelerator:
             raise UsageError(
                 f"--overwrite would remove {directory}, which is no run directory (no args.json)"
             )
+    elif args.resume:
+        PartialState().print(f"--resume: {directory} holds no run yet, so a new one begins")
     read = {"cache_dir", *(("student", "teacher", "dataset", "eval_dataset") * args.overwrite)}
     for name, value in ((name, getattr(args, name)) for name in read if args.output_dir):
         if value and Path(value).resolve().is_relative_to(directory.resolve()):
@@ -3917,14 +3919,15 @@ def plan(script: str, args: CommonArguments) -> None:
         available = torch.cuda.get_device_properties(device).total_memory
     else:
         table.loc["peak"] += psutil.Process().memory_info().rss + LIBRARIES
-    print(f"{script}.py needs, in MB (this device has {available / 1e6:,.0f}):")
-    print((table / 1e6).to_string(float_format="{:,.0f}".format))
+    say = PartialState().print
+    say(f"{script}.py needs, in MB (this device has {available / 1e6:,.0f}):")
+    say((table / 1e6).to_string(float_format="{:,.0f}".format))
     fits = [name for name, peak in table.loc["peak"].items() if peak < available]
     if "as given" not in fits:
-        print(f"it does not fit; what would: {', '.join(fits) or 'none of these alone'}")
+        say(f"it does not fit; what would: {', '.join(fits) or 'none of these alone'}")
     if teacher and args.cache_teacher and script != "sequence_level":
         width = teacher.config.get_text_config().hidden_size
-        print(f"and on disk {width * teacher.compute_dtype.itemsize} bytes for each target token")
+        say(f"and on disk {width * teacher.compute_dtype.itemsize} bytes for each target token")
 
 
 def memory_of_run(

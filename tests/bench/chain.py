@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -36,7 +37,8 @@ SCORES = ("exact_match", "error_rate", "kl_to_teacher", "kl_on_own_text", "expos
 
 def train(method: str, seed: int, args: argparse.Namespace, more: list[str]) -> Path:
     """The directory of a run, with its student in final/."""
-    directory = args.output_dir / f"{method.replace(', ', '-').replace(' ', '-')}-{seed}"
+    words = map(str, [method, args.student, args.steps, *more, seed])
+    directory = args.output_dir / re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(words))[-120:]
     if not (directory / "results.json").exists():
         script, *command = METHODS[method]
         flags = {

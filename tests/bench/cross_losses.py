@@ -52,7 +52,8 @@ def make_job(args: argparse.Namespace, loss: str, rate: str, seed: int) -> Job:
     if args.models:
         return sql.make_job(args, loss, LOSSES[loss], rate, seed)
     name = "".join(c if c.isalnum() else "-" for c in loss)
-    directory = args.output_dir / f"{name}-{rate}-{seed}"
+    size = f"{args.rows}-{args.eval_size}"
+    directory = args.output_dir / f"{name}-{rate}-{size}-{seed}"
     flags = {
         "learning-rate": rate, "seed": seed, "eval-size": args.eval_size, "eval-steps": 0,
         "max-rows": args.rows, "output-dir": directory, "cache-dir": args.output_dir / "cache",

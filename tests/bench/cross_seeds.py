@@ -99,7 +99,8 @@ def main() -> None:
     after: dict[str, list[Tensor]] = {name: [] for name in METHODS}
     for seed in range(args.seeds):
         for name, (script, *command) in METHODS.items():
-            run = args.output_dir / f"{name.replace(' ', '-')}-{seed}"
+            run = f"{name.replace(' ', '-')}-{args.epochs:g}-{args.max_rows}-{seed}"
+            run = args.output_dir / run
             flags = {
                 "--seed": seed, "--epochs": args.epochs, "--max-rows": args.max_rows,
                 "--eval-size": 16, "--eval-steps": 0, "--save-steps": 0,

@@ -208,6 +208,8 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/long_answers"))
     parser.add_argument("--figure", type=Path, default=ROOT / "data" / "long_answers.png")
     args = parser.parse_args()
+    if "token level" not in args.methods:
+        parser.error("--methods must have 'token level', which gives the start of three others")
     runs = [
         Run(method, seed, place(method, seed, args))
         for seed in range(args.seeds)

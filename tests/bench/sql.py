@@ -72,7 +72,8 @@ def make_job(
     args: argparse.Namespace, method: str, words: list[str], rate: str, seed: int, **changes: Any
 ) -> Job:
     name = "".join(c if c.isalnum() else "-" for c in method)
-    directory = args.output_dir / f"{name}-{rate}-{seed}"
+    size = f"{args.steps}-{args.rows}-{args.eval_size}"
+    directory = args.output_dir / f"{name}-{rate}-{size}-{seed}"
     flags = {
         "teacher": args.models / "qwen-coder", "student": args.models / "smollm2",
         "dataset": SQL / "train.jsonl", "eval-dataset": SQL / "eval.jsonl", "grader": GRADER,
