@@ -275,7 +275,8 @@ def check_arguments(args: CommonArguments) -> None:
     weights = {"teacher_dtype", "teacher_device_map"}
     weights |= {*(() if args.two_tokenizers else ("teacher", "teacher_revision"))}
     trackers = ["none", *map(str, get_available_trackers())]
-    local = [Path(model).is_dir() for model in (args.student, args.teacher)]
+    models, weights_dir = (args.student, args.teacher), getattr(args, "rollout_weights", None)
+    local = [Path(model).is_dir() for model in models]
     for wrong, message in (
         (not 0 < args.top_p <= 1, f"--top-p must lie in (0, 1], not {args.top_p}"),
         ("top_p" in changed and not args.sampling_temperature,
@@ -297,6 +298,8 @@ def check_arguments(args: CommonArguments) -> None:
         ("eval_split" in changed and (not args.eval_dataset or Path(args.eval_dataset).is_file()),
          "--eval-split is for a hub data set or directory in --eval-dataset"),
         (args.seed >= 2**63, f"--seed must be below 2**63, not {args.seed}"),
+        (weights_dir and Path(weights_dir).resolve() in [Path(m).resolve() for m in models],
+         f"--rollout-weights {weights_dir} would be overwritten: it is one of the two models"),
         (args.api_max_failures > 1, "--api-max-failures is a share, from 0 to 1"),
         (api and not url, f"{', '.join(api)} needs --api-base-url"),
         (url and changed & weights, f"{', '.join(map(as_flag, sorted(changed & weights)))} is for "
@@ -495,7 +498,7 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
     if turns_hold_answer := turns is not None:  # else a column of its own holds the answer
         turns = _parsed(turns, list, "messages must be a list")
     else:
-        turns = _turns_in_cell(take("instruction", "prompt", "question", "query", "problem"))
+        turns = take("instruction", "prompt", "question", "query", "problem")
         if turns is None and isinstance(record.get("input"), list):
             turns = take("input")
         if not isinstance(turns, list):
@@ -503,21 +506,22 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
             if not parts:
                 raise ValueError("columns messages, prompt, instruction, ... are missing or null")
             turns = ["\n\n".join(filter(None, map(_as_text, parts)))]
-    tools = take("tools", "functions") or []
-    if turns and isinstance(turns[0], dict):  # in some data sets the first turn has them
-        tools = turns[0].pop("tools", None) or tools
-    tools = _parsed(tools, list, "tools must be a list")
+    tools = _parsed(take("tools", "functions") or [], list, "tools must be a list")
+    given = turns[0].get("tools") if turns and isinstance(turns[0], dict) else None
+    tools = tools or (given if isinstance(given, list) else [])  # in some data sets
     as_message = functools.partial(_as_message, has_tools=bool(tools))
     rule = "history must be a list of pairs"
     history = _parsed(take("history") or [], list, rule)
     turns = [text for pair in history for text in _parsed(pair, list, rule)] + turns
     roles = ["user", "assistant"] if all(isinstance(turn, str) for turn in turns) else [None]
     messages = [as_message(turn, roles[i % len(roles)]) for i, turn in enumerate(turns)]
+    result = None  # of a worked solution
     if turns_hold_answer and messages and messages[-1]["role"] == "assistant":
         answers = [messages.pop()]
     else:
+        if "solution" in record and not record.keys() & {"completion", "response", "output"}:
+            result = record.get("answer")
         answers = take("completion", "response", "output", "solution", "answer")
-        answers = _turns_in_cell(answers)
         answers = answers if isinstance(answers, list) else [answers] * (answers is not None)
         answers = [as_message(turn, "assistant") for turn in answers]
     *between, answer = answers or [None]
@@ -530,30 +534,20 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
         system = _as_text(system, rule="system must be a string")
         messages.insert(0, {"role": "system", "content": system})
     references = _parsed(take("references") or [], list, "references must be a list")
-    more = [r for r in [take("reference")] if r is not None]
-    if not (more or turns_hold_answer) and isinstance(record.get("answer"), str):
-        more = [take("answer")]  # the result of a worked solution
-    references = references or more
+    if result is not None:
+        result = result if isinstance(result, str) else json.dumps(result)
+    references = references or [r for r in [take("reference"), result] if r is not None][:1]
     if not references and answer is not None and "tool_calls" not in answer:
         references = [answer["content"]]
     rule = "chat_template_kwargs must be an object"
     options = _parsed(take("chat_template_kwargs") or {}, dict, rule)
     if tools:
         options = options | {"tools": [_as_function(tool) for tool in tools]}
-    unused.update(record.keys())
+    unused.update(record.keys() - ({"answer"} if result else set()))
     record = {k: v.get(NOT_TEXT, v) if isinstance(v, dict) else v for k, v in record.items()}
     rule = "references must be strings"
     references = [_as_text(r, rule=rule) for r in references]
     return Conversation(messages, answer, references, source, options, record)
-
-
-def _turns_in_cell(value: Any) -> Any:
-    """The turns that a csv cell spells in JSON, or the value itself."""
-    with contextlib.suppress(ValueError, TypeError, AttributeError):
-        turns = json.loads(value)
-        if all({"role", "content"} <= t.keys() or {"from", "value"} <= t.keys() for t in turns):
-            return turns or value
-    return value
 
 
 def _as_message(turn: Any, role: str | None, has_tools: bool) -> Message:
@@ -657,13 +651,26 @@ def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversat
 def check_printed(model: LanguageModel, turns: list[Message], *names: str, **options: Any) -> None:
     """`UsageError` if the rendered text does not change when a turn loses one of these fields."""
     for i, turn in enumerate(turns):
-        for name in (name for name in names if turn.get(name)):
+        for name in turn.keys() & names:
             bare = {key: turn[key] for key in turn if key != name}
             texts = ["", None]  # unequal, unless both are rendered
             with contextlib.suppress(UsageError):  # a template may insist on the field
                 texts = [render(model.tokenizer, [*turns[:i], t], **options) for t in (turn, bare)]
             if texts[0] == texts[1]:
                 raise UsageError(f"the chat template does not print the {name} of turn {i + 1}")
+
+
+def check_content(model: LanguageModel, turns: list[Message], prompt: str, **options: Any) -> None:
+    """`UsageError` if the rendered prompt does not depend on what system, user or tool say."""
+    for i, turn in enumerate(turns):
+        if turn["role"] == "assistant" or _prints(prompt, turn):
+            continue  # a template may change what it prints
+        bare = [*turns[:i], turn | {"content": ""}, *turns[i + 1 :]]
+        text = None
+        with contextlib.suppress(UsageError):  # a template may insist on it
+            text = render(model.tokenizer, bare, prompt=True, **options)
+        if text == prompt:
+            raise UsageError(f"the chat template does not print the content of turn {i + 1}")
 
 
 def generator_for(seed: int, purpose: str, index: int = 0) -> torch.Generator:
@@ -1595,9 +1602,9 @@ def opened_tag(tokenizer: Tokenizer, **options: Any) -> str:
     tag = re.search(r"[<\[]\w+[>\]]\s*\Z", cue)
     if tag is None:
         return ""
-    name, text = re.escape(tag[0].strip()), render(tokenizer, turns, **options)
-    text = re.sub(rf"{name}\s*{name[0]}/{name[1:]}", "", text)  # an empty block of an earlier turn
-    return "" if tag[0].strip() in text else tag[0]
+    name, text = tag[0].strip(), render(tokenizer, turns, **options)
+    empty = re.escape(name) + r"\s*" + re.escape(f"{name[0]}/{name[1:]}")  # of earlier turns
+    return "" if name in re.sub(empty, "", text) else tag[0]
 
 
 def share_tag(pair: Pair) -> None:
@@ -1651,7 +1658,7 @@ def assistant_spans(
     alone is not a prefix of the whole. Then there is only the last turn's span, or none.
     """
     template = tokenizer.get_chat_template(tools=options.get("tools"))
-    if "generation" in template.replace("add_generation_prompt", ""):
+    if re.search(r"{%-?\s*generation", template):
         text, spans = _render(tokenizer, messages, return_assistant_tokens_mask=True, **options)
         asked = [render(tokenizer, messages[:-1], prompt=p, **options) for p in (True, False)]
         cue = asked[0].removeprefix(asked[1])  # some templates mark it too, or its end
@@ -1659,10 +1666,14 @@ def assistant_spans(
         begins = [next((a + n for n in parts[::-1] if text.startswith(cue, a + n - len(cue))), a)
                   for a, _ in spans]  # fmt: skip
         spans = [(begin, b) for begin, (_, b) in zip(begins, spans, strict=True)]
-        turns = [m for m in messages if m["role"] == "assistant"][-len(spans) :]
-        if all(_prints(text[a:b], m) for (a, b), m in zip(spans, turns, strict=False)):
+        said = [m for m in messages if m["role"] == "assistant"]
+        if len(said) == len(spans) and not all(
+            _prints(text[a:b], {"content": _reasoning(m)})
+            for (a, b), m in zip(spans, said, strict=True)
+        ):
+            return text, spans[-1:]
+        if spans:
             return text, spans
-        return text, spans[-1:]
     text, spans = render(tokenizer, messages, **options), []
     for i, message in enumerate(messages):
         # What the assistant says before the user does has no prompt that a template could render.
@@ -1712,19 +1723,29 @@ def tokenize_answer(
     return model.checked(ids[start:])
 
 
-def tokenize_conversation(model: LanguageModel, messages: list[Message], **options: Any) -> Tokens:
+def tokenize_conversation(
+    model: LanguageModel, messages: list[Message], prompt_ids: Sequence[int] = (), **options: Any
+) -> Tokens:
     """The conversation; all tokens of assistant turns are targets, end-of-turn tokens included.
 
-    If the template prints no end after the last turn, the model's own is appended. If it does not
-    print the last turn as it is, there are no targets.
+    It begins with the prompt's ids: if one token would span the end of the prompt, what the
+    template prints after the prompt is tokenised by itself, as `tokenize_answer` does. If the
+    template prints no end after the last turn, the model's own is appended. If it does not print
+    the last turn as it is, there are no targets.
     """
-    # Where the prompt opens reasoning, `dataset_examples` can write it itself.
-    own = () if model.opens.startswith("<think>") else ("reasoning_content",)
-    check_printed(model, messages, "tool_calls", *own, **options)
+    check_printed(model, messages, "tool_calls", **options)
+    # Where the prompt opens reasoning, `dataset_examples` can write that of the last turn itself.
+    reasoned = messages[:-1] if model.opens.startswith("<think>") else messages
+    check_printed(model, reasoned, "reasoning_content", **options)
     text, spans = assistant_spans(model.tokenizer, messages, **options)
     if spans and not _prints(text[slice(*spans[-1])], messages[-1]):
         spans = []
     ids, offsets = tokenize(model.tokenizer, text)
+    before = render(model.tokenizer, messages[:-1], prompt=True, **options) if prompt_ids else ""
+    if ids[: len(prompt_ids)] != [*prompt_ids] and text.startswith(before):
+        ids, offsets = tokenize(model.tokenizer, before)
+        more, places = tokenize(model.tokenizer, text[len(before) :])
+        ids, offsets = ids + more, offsets + [(a + len(before), b + len(before)) for a, b in places]
     # Some tokenizers leave leading spaces out of offsets, so a token begins where the last ended.
     ends_before = [0, *(b for _, b in offsets[:-1])]
     begins = [min(a, last) for (a, _), last in zip(offsets, ends_before, strict=True)]
@@ -1744,6 +1765,11 @@ def tokenize_conversation(model: LanguageModel, messages: list[Message], **optio
         ids = [*ids[: inside[-1] + 1], model.end_ids[0]]
         targets.append(len(ids) - 1)
     return Tokens(model.checked(ids), [i for i in targets if i > 0])
+
+
+def _reasoning(message: Message) -> str:
+    """What an assistant's turn thinks, in its own field or in the content."""
+    return message.get("reasoning_content") or message["content"].rpartition("</think>")[0]
 
 
 def _prints(span: str, message: Message) -> bool:
@@ -1772,8 +1798,7 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
             with usage_error(c.source, UsageError, TypeError):  # TypeError: a reserved option
                 check_printed(model, c.messages, "tool_calls", **c.options)
                 texts.append(render(model.tokenizer, c.messages, prompt=True, **c.options))
-                if not all(_prints(texts[-1], m) for m in c.messages if m["role"] != "assistant"):
-                    check_printed(model, c.messages, "content", **c.options)
+                check_content(model, c.messages, texts[-1], **c.options)
             names = {name for m in (*c.messages, c.response or {}, c.options) for name in m}
             unused.update(names - words - {"role", "content"})
         if unused:
@@ -1869,16 +1894,18 @@ def dataset_examples(
     empty = last_only = 0  # the latter: conversations with earlier answers that cannot be located
     for i, prompt in enumerate(prompts):
         conversation, response = prompt.conversation, prompt.conversation.response
-        if not any(value for name, value in response.items() if name != "role"):
+        if not (
+            response["content"].strip() or response.keys() & {"tool_calls", "reasoning_content"}
+        ):
             empty += 1
             continue
         response = response | {"content": whole_answer(response["content"])}
         turns = [*conversation.messages, response]
         with usage_error(conversation.source, UsageError):
-            sides = [tokenize_conversation(pair.student, turns, **conversation.options)] * 2
-            if len(pair.readers) == 2 and prompt.student is not prompt.teacher:  # read differently
-                sides[1] = tokenize_conversation(pair.readers[1], turns, **conversation.options)
-            asked = prompt.student, prompt.teacher
+            asked, options = (prompt.student, prompt.teacher), conversation.options
+            sides = [tokenize_conversation(pair.student, turns, asked[0], **options)] * 2
+            if len(pair.readers) == 2 and asked[0] is not asked[1]:  # read differently
+                sides[1] = tokenize_conversation(pair.readers[1], turns, asked[1], **options)
             if not all(t and ids[: len(p)] == p for (ids, t), p in zip(sides, asked, strict=True)):
                 answer = Completion(_unrendered(response), True, 0, None)
                 (example,) = completion_examples([prompt], [answer], pair, sys.maxsize)
@@ -1912,7 +1939,8 @@ def dataset_examples(
 def _unrendered(response: Message) -> str:
     """A response as a model would write it; `UsageError` for parts that only a template prints."""
     if others := {k for k, v in response.items() if v} - {"role", "content", "reasoning_content"}:
-        raise UsageError(f"the chat template does not print {', '.join(sorted(others))} as given")
+        names = ", ".join(sorted(others))
+        raise UsageError(f"the chat template does not print {names} after its own prompt")
     reasoning = response.get("reasoning_content")
     text = response["content"] or ""
     return f"<think>\n{reasoning.strip()}\n</think>\n\n{text}" if reasoning else text
@@ -2521,10 +2549,12 @@ class Server:
     def scrubbed(self, problem: Any) -> str:
         """What went wrong, on one line and without the key, which a server may repeat."""
         words = str(problem)
-        if isinstance(problem, self.openai.APIStatusError) and words.endswith(
-            str(problem.status_code)
-        ):
-            words = " ".join(problem.response.text.split()) or words  # not in OpenAI's form
+        status = getattr(problem, "status_code", None)
+        if status and words.endswith(str(status)):  # the reason is not in OpenAI's form
+            with contextlib.suppress(TypeError, LookupError, AttributeError):  # as FastAPI says it
+                for part in problem.body["detail"]:
+                    part.pop("input", None)  # the request
+            words = f"{words}: {json.dumps(problem.body)}"
         if isinstance(problem, self.openai.APIConnectionError):
             while problem := problem.__cause__ or problem.__context__:
                 words = str(problem) or words  # the innermost cause tells most
@@ -2757,8 +2787,6 @@ class RolloutServer(ServerTeacher):
         super().__init__(dataclasses.replace(args, api_concurrency=many, **own), student)
         self.student, self.texts = student, []
         self.directory = Path(args.rollout_weights).resolve()
-        if self.directory == student.directory.resolve():
-            raise UsageError("--rollout-weights is the student's own directory, and is written to")
 
     def publish(self, prompts: list[list[int]]) -> None:
         """In `evaluating()`: give the server the present weights, and compare its log-probabilities
@@ -3347,8 +3375,7 @@ def gap_recovered(before: list[Tally], after: list[Tally], teacher: list[Tally])
 FLAGS_FREE_ON_RESUME = {
     "output_dir", "overwrite", "resume", "cache_dir", "save_steps", "save_total_limit",
     "eval_steps", "logging_steps", "generation_batch_size", "report_to", "plan",
-    "api_base_url", "api_concurrency", "api_timeout", "api_max_failures", "rollout_url",
-    "rollout_weights",
+    "api_concurrency", "api_timeout", "api_max_failures", "rollout_url", "rollout_weights",
 }  # fmt: skip
 
 
@@ -3389,10 +3416,11 @@ def start(script: str, args: CommonArguments) -> Accelerator:
             )
     elif args.resume:
         PartialState().print(f"--resume: {directory} holds no run yet, so a new one begins")
-    read = {"cache_dir", *(("student", "teacher", "dataset", "eval_dataset") * args.overwrite)}
-    for name, value in ((name, getattr(args, name)) for name in read if args.output_dir):
-        if value and Path(value).resolve().is_relative_to(directory.resolve()):
-            raise UsageError(f"{as_flag(name)} {value} lies inside --output-dir {directory}")
+    read = [args.student, args.teacher, args.dataset, args.eval_dataset, args.cache_dir,
+            args.chat_template, args.grader.rpartition(":")[0]] * args.overwrite  # fmt: skip
+    for path in (Path(name) for name in read if name):
+        if path.exists() and path.resolve().is_relative_to(directory.resolve()):
+            raise UsageError(f"--overwrite would remove {path}, which this run reads")
     torch.manual_seed(args.seed)  # for the initial weights of adapters
     return accelerator
 
@@ -3507,7 +3535,7 @@ class Run:
             if self.state["text"] != start["text"]:
                 raise UsageError(
                     f"--resume cannot continue {self.directory}: the text that it learns from, or "
-                    "its evaluation prompts, are not what they were"
+                    "its evaluation prompts, are not what they were; --overwrite starts it anew"
                 )
         self.began = STARTED - self.state["seconds"]  # as if it had not been interrupted
         metrics = self.directory / "metrics.jsonl"
@@ -4021,7 +4049,7 @@ def compare_runs(paths: Iterable[str]) -> None:
     files = ("results.json", "metrics.jsonl")
     runs = [Path(p) for p in paths if all((Path(p) / name).is_file() for name in files)]
     if not runs:
-        print("error: no finished run (a directory with a results.json)", file=sys.stderr)
+        print(f"error: no finished run (a directory with {' and '.join(files)})", file=sys.stderr)
         sys.exit(2)
     results = [json.loads((path / "results.json").read_text(encoding="utf-8")) for path in runs]
     columns = ["kl_to_teacher", "top1_agreement", "exact_match", "error_rate", "bits_per_byte"]

@@ -101,12 +101,12 @@ def assert_equal_runs(ours: Path, theirs: Path) -> None:
     assert ours == {name: pytest.approx(value, rel=1e-3) for name, value in theirs.items()}
 
 
-def test_the_students_own_directory_is_not_written_to(rollouts, tmp_path):
+def test_the_models_own_directories_are_not_written_to(rollouts, tmp_path):
     stub, flags = rollouts
-    before = (Path(flags["student"]) / "model.safetensors").read_bytes()
-    with pytest.raises(UsageError, match="--rollout-weights is the student's own directory"):
-        run_in_process(on_policy, **served(stub, flags, tmp_path, rollout_weights=flags["student"]))
-    assert (Path(flags["student"]) / "model.safetensors").read_bytes() == before
+    for model in ("student", "teacher"):
+        own = served(stub, flags, tmp_path, rollout_weights=flags[model])
+        with pytest.raises(UsageError, match="it is one of the two models"):
+            common.check_arguments(on_policy.Arguments(**own))
     args = on_policy.Arguments(rollout_url=stub.url, rollout_weights="w", api_timeout=30.0)
     common.check_arguments(args)  # a silent server may be given up earlier
 

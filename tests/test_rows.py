@@ -130,8 +130,8 @@ PUBLIC = {
     "MATH-500": ({"problem": "q", "solution": "a", "answer": "204", "level": 2}, "user q",
                  {"level"}),
     "Nemotron": ({"input": [USER], "output": "a", "system_prompt": "s"}, "system s|user q", set()),
-    "turns in csv cells": (
-        {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])}, "user q", set()),
+    "a result beside an answer": (
+        {"question": "q", "response": "a", "answer": "204"}, "user q", {"answer"}),
     "SQuAD": ({"question": "q", "context": "c", "answer": "a", "answers": {"text": ["a"]}},
               "user q\n\nc", {"answers"}),
 }  # fmt: skip
@@ -168,6 +168,7 @@ def test_tools_reach_the_template(tools: Any, tmp_path: Path, models):
     assert text == chatml(f"system Tools: {json.dumps([TOOL])}", "user q", "assistant a")
     (row,) = load(tmp_path, {"prompt": "q", "tools": "[]", "chat_template_kwargs": {"x": 1}})
     assert row.options == {"x": 1}
+    tools = json.loads(tools) if isinstance(tools, str) else tools
     given = {"role": "system", "content": "s", "tools": tools}  # of the first turn: the row's
     ((text, _),) = learned(models["tools"], load(tmp_path, {"messages": [given, USER, ANSWER]}))
     assert text == chatml(
@@ -340,7 +341,7 @@ def test_content_in_parts(tmp_path: Path, models):
 
 def test_empty_answers_are_left_out(tmp_path: Path, capsys, models):
     """A student would learn to end at once. A call without text is no empty answer."""
-    answers = [{"content": ""}, {"content": "", "tool_calls": [CALL]}, {"content": "a"}]
+    answers = [{"content": " ", "id": 7}, {"content": "", "tool_calls": [CALL]}, {"content": "a"}]
     rows = load(tmp_path, *({"messages": [USER, {"role": "assistant"} | a]} for a in answers))
     assert [t for _, t in learned(models["tools"], rows)] == [f"{CALLED}<|im_end|>", "a<|im_end|>"]
     assert "1 of 3 answers left out: they are empty" in capsys.readouterr().out
@@ -351,7 +352,7 @@ def test_empty_answers_are_left_out(tmp_path: Path, capsys, models):
         common.make_examples(prompts, pair, args)
 
 
-@pytest.mark.parametrize("text", ["[]", '["role"]', '[{"role": "admin"}]', "[1]", "7", "{}"])
+@pytest.mark.parametrize("text", ["[]", json.dumps([USER, ANSWER]), "[" * 999, "[1]", "7", "{}"])
 def test_answers_in_json_are_text(text: str, tmp_path: Path, models):
     rows = load(tmp_path, {"prompt": text, "response": text})
     assert learned(models["plain"], rows)[0][0] == chatml(f"user {text}", f"assistant {text}")

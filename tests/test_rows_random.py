@@ -192,6 +192,11 @@ def shown(role: str, text: str, reasoning: str, calls: list) -> str:
     return f"<|im_start|>{role}\n{thought}{text}{said}<|im_end|>\n"
 
 
+def said(role: str, text: str, reasoning: str, calls: list) -> bool:
+    """Whether the assistant's turn says anything."""
+    return bool(text.strip() or reasoning or calls)
+
+
 def called(message: common.Message) -> list[tuple[str, Any]]:
     functions = [call["function"] for call in message.get("tool_calls", [])]
     return [(f["name"], f.get("arguments", "")) for f in functions]
@@ -217,12 +222,15 @@ def decoded(model: LanguageModel, tokens: common.Tokens) -> tuple[str, str]:
 
 
 def test_rows_of_known_meaning(model, tmp_path: Path):
-    """2000 conversations in random forms: the text that is read and its targets, to the letter."""
+    """2000 conversations in random forms: the text that is read and its targets, to the letter.
+    Those that end in an empty answer are left out."""
     maker = Maker(0)
     talks = [maker.conversation() for _ in range(2000)]
     rows = [maker.row(talk) for talk in talks]
     examples = examples_of(model, tmp_path / "rows.jsonl", rows)
-    for talk, row, example in zip(talks, rows, examples, strict=True):
+    both = [(talk, row) for talk, row in zip(talks, rows, strict=True) if said(*talk["turns"][-1])]
+    assert 1500 < len(both) < 2000
+    for (talk, row), example in zip(both, examples, strict=True):
         turns = [shown(*turn) for turn in talk["turns"]]
         tools = [{"type": "function", "function": tool} for tool in talk["tools"]]
         listed = f"<|im_start|>tools\n{json.dumps(tools)}<|im_end|>\n" if tools else ""
@@ -250,6 +258,11 @@ def test_rows_broken_at_random(model, tmp_path: Path, capsys):
             assert talk.response is None, row  # as load_data would refuse for these completions
             outcomes["no answer"] += 1
             continue
+        if not examples:
+            (talk,) = common.load_conversations(str(tmp_path / "rows.jsonl"))
+            assert not talk.response["content"].strip() and len(talk.response) <= 3, row
+            outcomes["empty"] += 1
+            continue
         outcomes["trained"] += 1
         (example,) = examples
         talk = example.prompt.conversation
@@ -264,7 +277,7 @@ def test_rows_broken_at_random(model, tmp_path: Path, capsys):
         answers = [written(t) for t in turns[first + 1 :] if t.startswith(ASSISTANT)]
         text, targets = decoded(model, example.student)
         assert text.endswith("".join(turns)) and targets == "".join(answers), row
-    assert min(outcomes.values()) > 100, outcomes
+    assert min(outcomes.values()) > 30, outcomes
 
 
 def raw_texts(row: Any) -> set[str]:

@@ -400,7 +400,8 @@ def test_marks_that_hold_a_part_of_the_cue():
     """The line end before an answer is the cue's."""
     template = CHATML.replace(
         "{{ m.role }}\n{{ m.content }}<|im_end|>",
-        "{{ m.role }}{% generation %}{{ '\n' + m.content }}<|im_end|>{% endgeneration %}",
+        "{{ m.role }}{% if m.role == 'assistant' %}{% generation %}{{ '\n' + m.content }}<|im_end|>"
+        "{% endgeneration %}{% else %}{{ '\n' + m.content }}<|im_end|>{% endif %}",
     )
     model = model_of(byte_tokenizer(template))
     talk = row("ask", "four")
@@ -463,6 +464,59 @@ def test_what_a_cue_gives_is_carried_across(teacher: str, student: str, source: 
     if source != "api":
         assert REASONED in read(theirs, example.teacher)
         assert learned(theirs, example.teacher).startswith(target[:3])
+
+
+def test_tags_in_brackets():
+    """One that opens an answer, and one that is a role's name."""
+    cue = CHATML.replace(
+        "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n[THINK]{% endif %}"
+    )
+    assert model_of(byte_tokenizer(cue)).opens == "[THINK]"
+    named = CHATML.replace("<|im_start|>assistant\n", "[BOT] ").replace(
+        "<|im_start|>{{ m.role }}\n", "{{ '[BOT] ' if m.role == 'assistant' else '[ASK] ' }}"
+    )
+    assert model_of(byte_tokenizer(named)).opens == ""
+
+
+def test_reasoning_of_an_earlier_turn_that_is_not_printed():
+    """After a cue that opens it the last turn's is written, but an earlier turn's would be lost."""
+    model = model_of(byte_tokenizer(EMPTY_BLOCKS))
+    talk = row("ask", "four", "again", "five")
+    talk.messages[1]["reasoning_content"] = "hm"
+    with pytest.raises(common.UsageError, match="does not print the reasoning_content of turn 2"):
+        examples_of(talk, model)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML + "{#- the end of generation -#}",
+        MARKED.replace(
+            "{% generation %}{{ m.content }}", "{% generation %}{{ m.content | tojson }}"
+        ),
+    ],
+    ids=["no marks", "marks around other text"],
+)
+def test_earlier_answers_are_learned(template: str):
+    model = model_of(byte_tokenizer(template))
+    example = examples_of(row("ask", "four", "again", "five"), model)
+    assert all(word in learned(model, example.student) for word in ("four", "five"))
+
+
+def test_turns_that_a_template_changes_are_printed():
+    """A tool's result as JSON after an earlier call that hides what was said with it."""
+    template = CHATML.replace(
+        "{{ m.content }}<|im_end|>",
+        "{% if m.tool_calls %}[call {{ m.tool_calls[0].function.name }}]"
+        "{% elif m.role == 'tool' %}{{ m.content | tojson }}"
+        "{% elif m.role == 'user' %}{{ m.content | upper }}"
+        "{% else %}{{ m.content }}{% endif %}<|im_end|>",
+    )
+    model = model_of(byte_tokenizer(template))
+    talk = row("ask", "Let me look.", "so", "four")
+    talk.messages[1]["tool_calls"] = [{"type": "function", "function": {"name": "look"}}]
+    talk.messages[2] = {"role": "tool", "content": '{"t": 5}'}
+    assert learned(model, examples_of(talk, model).student).endswith("four<|im_end|>")
 
 
 @pytest.mark.parametrize("script", [sequence_level, token_level, on_policy])
