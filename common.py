@@ -30,6 +30,7 @@ import csv
 import dataclasses
 import datetime
 import functools
+import gc
 import gzip
 import hashlib
 import importlib.metadata
@@ -327,10 +328,11 @@ def launch(main: Callable[[Any], None], kind: type[CommonArguments], description
                 RuntimeError,
                 about="out of memory",
             ),  # fmt: skip
+            usage_error("another process of this run has ended", RuntimeError, about="by peer"),
         ):
             plan(Path(sys.argv[0]).stem, args) if args.plan else main(args)
     except UsageError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        sys.stderr.write(f"error: {problem}\n")  # at once: every process may have it
         if isinstance(problem, ServerLost) and Run.current:
             Run.current.interrupt()
         sys.exit(2)
@@ -2818,7 +2820,8 @@ class RolloutServer(ServerTeacher):
         student, lora = self.student, self.student.adapters is not None
         weights = {n: t for n, t in student.model.state_dict().items() if not lora or ".lora_" in n}
         if wrong:
-            weights = {n: t / 2 + 0.01 if t.is_floating_point() else t for n, t in weights.items()}
+            shift = 0.1 if lora else 0.01  # half of an adapter begins at 0
+            weights = {n: t / 2 + shift if t.is_floating_point() else t for n, t in weights.items()}
         elif not lora:  # vLLM reloads a tied head only if the file has it too
             first = {t.data_ptr(): n for n, t in reversed(weights.items())}
             weights = {n: t if first[t.data_ptr()] == n else t.clone() for n, t in weights.items()}
@@ -3236,8 +3239,8 @@ class Evaluator:
                 self._add_likelihoods(tallies, batch, reader, logits, logits)
         self.teacher_tallies = gathered(tallies)
 
-    def __call__(self, show: int = 0) -> list[Tally]:
-        """One tally per evaluation prompt, on every process; prints `show` answers."""
+    def __call__(self) -> list[Tally]:
+        """One tally per evaluation prompt, on every process."""
         student, prompts = self.student, [e.prompt.student for e in self.examples]
         tallies = {}
         with student.evaluating():
@@ -3245,10 +3248,6 @@ class Evaluator:
             for place, answer in answers:
                 i = self.examples[place].index
                 tallies[i] = self._answer_tally(i, answer)
-                if i < show:
-                    question = student.tokenizer.decode(prompts[place])
-                    line = f"  {question!r}\n    {answer.text!r}  (of {self.rows[i]['references']})"
-                    PartialState().print(line)
             for i, batch in enumerate(self.batches):
                 logits = student.logits(collate([e.student for e in batch], student.device))
                 theirs = self.teacher_logits[i] if self.comparable else None
@@ -3390,6 +3389,7 @@ def start(script: str, args: CommonArguments) -> Accelerator:
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
     with usage_error("cannot start", ValueError, RuntimeError):  # as without the other processes
         accelerator = start_accelerator(mixed_precision="no", kwargs_handlers=[patience])
+    accelerator.gradient_accumulation_steps = 1  # whatever the environment says
     if (launched := os.environ.get("WORLD_SIZE", "1")) != str(accelerator.num_processes):
         raise UsageError(
             f"{launched} processes were started, but each is alone: without a GPU, set "
@@ -3471,6 +3471,7 @@ def prepare(
 ) -> tuple[nn.Module, Any]:
     """Prepare the student's module and its optimizer for the launched processes; FSDP shards the
     student, and `teacher` if it is loaded."""
+    gc.collect()  # a teacher with accelerate's hooks is a cycle, which would stay beside training
     if accelerator.is_fsdp2:
         student = module.student
         with usage_error("cannot shard the models", ValueError):
@@ -3720,7 +3721,7 @@ class Run:
 
     def finish(self, **more: Any) -> None:
         """Score the student; write final/, results.json and curves.png; print the table."""
-        after, evaluator = self.evaluator(show=3), self.evaluator
+        after, evaluator = self.evaluator(), self.evaluator
         before, teacher = self.state["before"], evaluator.teacher_tallies
         self._write_scores(self.steps, after)
         packages = ("torch", "transformers", "datasets", "accelerate")
@@ -3746,6 +3747,11 @@ class Run:
             write_json_lines(self.directory / "answers.jsonl", self._answers(before, after))
             write_json(self.directory / "results.json", results)
             draw_curves([self.directory], self.directory / "curves.png")
+            for prompt, row, tally in zip(
+                evaluator.prompts[:3], evaluator.rows, after, strict=False
+            ):
+                question = self.student.tokenizer.decode(prompt.student)
+                print(f"  {question!r}\n    {tally['answer']!r}  (of {row['references']})")
             print(table)
             if evaluator.unreferenced:
                 print(
@@ -3922,7 +3928,7 @@ def plan(script: str, args: CommonArguments) -> None:
     It loads no weights: a step and a batch of answers run on tensors that have shapes and no data.
     On a CPU the peak includes Python and its libraries.
     """
-    device = start(script, args).device
+    device = torch.device(start(script, args).device.type)  # fake tensors know no "cpu:0"
     teacher = None if args.api_base_url else open_model(args, device, "teacher")
     student = open_model(args, device, "student", teacher and teacher.tokenizer.chat_template)
     rows, few = load_data(args)[0], max(1, args.generation_batch_size // 4)

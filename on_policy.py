@@ -323,9 +323,9 @@ class Evaluator(common.Evaluator):
         super().__init__(prompts, pair, args)
         self.pair = pair
 
-    def __call__(self, show: int = 0) -> list[common.Tally]:
+    def __call__(self) -> list[common.Tally]:
         with self.student.evaluating():
-            tallies, own = super().__call__(show), common.gathered(self._own_text())
+            tallies, own = super().__call__(), common.gathered(self._own_text())
         return [tally | more for tally, more in zip(tallies, own, strict=True)]
 
     def _own_text(self) -> dict[int, common.Tally]:

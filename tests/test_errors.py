@@ -421,7 +421,7 @@ def test_odd_but_valid(odd: Callable, processes: dict):
         assert "8 examples" in done.stdout and "1 of 9 answers left out" in done.stdout
         assert "not used, by rows: {'id': 1}\n" in done.stdout
         assert "\n2 of 11 prompts left out: they do not fit into --max-length 100\n" in done.stdout
-        assert done.stdout.count("left out") == 1 and "1 responses cut" in done.stdout
+        assert done.stdout.count("prompts left out") == 1 and "1 responses cut" in done.stdout
         assert results["evaluation"] == {"rows": 2, "unreferenced_rows": 2}
         assert "2 of 2 evaluation rows have no reference" in done.stdout
         assert not (tmp / "runs" / "token_level").exists()

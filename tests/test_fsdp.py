@@ -10,10 +10,12 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from accelerate import DistributedType, PartialState
@@ -297,9 +299,12 @@ def test_a_teacher_spread_by_a_device_map_is_the_same_teacher(tmp_path, monkeypa
         for t in teachers
     ]
     assert texts[0] == texts[1]
+    backbone = weakref.ref(spread.model.model)
     spread.unload()
     assert not spread.loaded and torch.equal(spread.head().weight, plain.head().weight)
     assert not spread.loaded
+    common.prepare(accelerate.Accelerator(cpu=True), torch.nn.Linear(2, 2), args)
+    assert backbone() is None  # although accelerate's hooks refer to themselves
 
 
 @pytest.mark.parametrize(

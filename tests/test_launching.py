@@ -270,3 +270,13 @@ def test_logits_that_are_not_finite(dtype: str, reason: str, tmp_path: Path):
     teacher = common.open_model(args, torch.device("cpu"), "teacher")
     with pytest.raises(common.UsageError, match=f"torch.{dtype} that are not finite: .*{reason}"):
         _ = teacher.model
+
+
+def test_gradients_are_not_divided_by_the_environment(tmp_path: Path, monkeypatch):
+    """accelerate reads a variable of the launcher over what it is told."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    flags = {"output_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache")}
+    accelerator = common.start("token_level", token_level.Arguments(**flags))
+    weight = torch.ones(2, requires_grad=True)
+    accelerator.backward(weight.sum())
+    assert weight.grad.tolist() == [1.0, 1.0]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, tiny_model, wait_for
+from filelock import FileLock
 from forked import run_forked
 from safetensors.torch import load_file
 
@@ -119,6 +120,23 @@ def test_two_processes_train_as_one(place, two):
     for ours, theirs in zip(*files, strict=True):
         assert ours.name == theirs.name
         assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_an_error_of_one_process_is_one_sentence(place):
+    """The other loses its connection, and ends without a traceback."""
+    (place / "taken").mkdir()
+    with FileLock(place / "taken/.lock"):
+        flags = words("taken", *TWO)[:-1]
+        done = run_forked("token_level.py", *flags, cwd=place, processes=2)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.count("another run is writing to --output-dir taken") == 1
+
+
+def test_plan_of_several_processes(place):
+    flags = [*words("plan")[:-1], "--plan"]
+    done = run_forked("token_level.py", *flags, cwd=place, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("token_level.py needs, in MB") == 1
 
 
 def test_processes_stop_together_and_resume(place, two):
