@@ -206,9 +206,10 @@ class Turn(NamedTuple):
         return tuple(parts)
 
     def nearest(self) -> Iterator[tuple[int, int]]:
-        """Each student token with the teacher's that begins nearest to it, the later one of two."""
-        begins, j = self.begins[1][:-1], 0
-        for i, start in enumerate(self.begins[0][:-1]):
+        """Each student token with the teacher's that begins nearest, the later of two, as long as
+        the teacher's text lasts."""
+        (*begins, end), j = self.begins[1], 0
+        for i, start in enumerate(place for place in self.begins[0][:-1] if place < end):
             while j + 1 < len(begins) and abs(begins[j + 1] - start) <= abs(begins[j] - start):
                 j += 1
             yield i, j
@@ -370,7 +371,7 @@ class Alignments:
         """(P, 3): index of the student's target, index of the teacher's target, context."""
         uld, pairs, compared = self.objective.loss == "uld", [], set()
         for turn in turns(example, self.vocabularies):
-            self.totals["boundaries"] += len(turn.boundaries())
+            self.totals["boundaries"] += len({turn.begins[0][i] for i, _ in turn.boundaries()})
             for i, j in turn.nearest() if uld else turn.pairs():
                 bytes_read = (b"", b"") if uld else turn.bytes_read(i, j)
                 if bytes_read not in self.numbers:
@@ -381,11 +382,10 @@ class Alignments:
                     pairs.append((turn.first[0] + i, turn.first[1] + j, context))
                     if not bytes_read[0]:
                         compared.add(turn.first[0] + i)
-        targets = range(len(example.student.targets))
-        if not uld:
-            pairs += [(i, 0, UNMATCHED) for i in targets if i not in compared]
+        count = len(example.student.targets)
+        pairs += [(i, 0, UNMATCHED) for i in range(count) if not uld and i not in compared]
         self.totals["compared"] += len(compared)
-        self.totals["student"] += len(targets)
+        self.totals["student"] += count
         self.totals["teacher"] += len(example.teacher.targets)
         return torch.tensor(pairs, dtype=torch.int32).view(-1, 3)
 

@@ -139,8 +139,7 @@ def select(
     judged = [(i, grade(texts[i], row)) for i, row in zip(mine, rows, strict=True)]
     right = dict(common.gather_object(judged))
     for i, (example, answer) in enumerate(both):
-        conversation = example.prompt.conversation
-        row = (conversation.prompt_key(), answer.text)
+        row = (tuple(example.prompt.student), answer.text)
         if answer.finished is None:
             counts.update(unanswered=1, written=-1)
         elif not answer.finished:

@@ -178,6 +178,29 @@ def aligned(
     return cross_tokenizer.Alignments(examples, common.Pair(*models), objective)
 
 
+def test_the_nearest_token_of_the_teacher():
+    """The later one of two, and none where the teacher's text has been cut."""
+    turn = Turn((0, 0), ([], []), ([0, 2, 4, 7, 9], [0, 3, 5, 6]), 6)
+    assert [*turn.nearest()] == [(0, 0), (1, 1), (2, 2)]  # 4 lies between 3 and 5
+
+
+def test_every_end_token_ends_a_text(sides):
+    """Also the second one, which many chat models have."""
+    model = dataclasses.replace(sides["byte-level 300"])
+    model.end_ids = [model.tokenizer.convert_tokens_to_ids(t) for t in ("<done>", "<s>")]
+    tokens = token_bytes(model)
+    assert len({tokens[i] for i in model.end_ids}) == 1 and tokens[model.end_ids[1]].startswith(END)
+    model.vocabulary = len(tokens) - 5  # rows of a head that is smaller than its tokenizer
+    assert len(token_bytes(model)) == model.vocabulary
+
+
+def test_tokens_that_share_nothing_do_not_agree():
+    outcomes = {b"a": REMAINDER, b"b": REMAINDER + 1}
+    context = cross_tokenizer.Context((outcomes, outcomes), (REMAINDER, REMAINDER), 3)
+    assert context.agrees(b"b", b"b") and not context.agrees(b"a", b"a")
+    assert not context.agrees(b"x", b"y")
+
+
 def brute_force(ours: list[int], theirs: list[int]) -> list[tuple[int, int]]:
     """For every byte where a token of either begins, the tokens that hold that byte."""
     places = sorted({0, *ours[:-1], *theirs[:-1]})

@@ -575,6 +575,23 @@ def test_the_client_is_asked_for_by_name(monkeypatch):
         args.check()
 
 
+@pytest.mark.parametrize("turn", [{"tool_calls": [{}]}, {}])
+def test_calls_of_tools_are_refused(turn: dict, serve, tiny, tmp_path, monkeypatch):
+    """They would be left out of the request, and the row learned without them."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve(lambda *_: completion("A"))
+    flags = {"api_base_url": server.url, "api_model": "m", "cache_dir": str(tmp_path / "cache")}
+    args, student = sequence_level.Arguments(**flags), tiny("llama")
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", **turn}]
+    turns.append({"role": "tool", "content": "5"})
+    talk = Conversation(turns, None, [], "row 1", {} if turn else {"tools": [{}]})
+    with pytest.raises(UsageError, match="row 1: tools need a teacher that is loaded here"):
+        sequence_level.ApiTeacher(args, student).complete(
+            [Prompt(talk, [5], [5])], args, temperature=0.0, top_p=1.0, purpose="test"
+        )
+    assert server.log == []
+
+
 # ------------------------------------------------------------------ what a server does not take
 
 

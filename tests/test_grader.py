@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -92,11 +92,28 @@ def test_each_grader_on_answers_and_references(grader, text, reference, right):
     assert common.load_grader(grader)(text, row) is right
 
 
-def test_a_query_is_bounded():
-    endless = "WITH RECURSIVE x(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM x) SELECT MAX(n) FROM x"
-    before = time.perf_counter()
-    assert not common.load_grader(SQL)(endless, {"references": ["SELECT 1"], "source": ""})
-    assert time.perf_counter() - before < 8
+@pytest.mark.parametrize(
+    ("query", "problem"),
+    [
+        ("SELECT COUNT(*) FROM items a, items b, items c, items d", "interrupted"),
+        ("WITH RECURSIVE x(n) AS (SELECT 1 UNION ALL SELECT n FROM x) SELECT n FROM x", "not auth"),
+        ("DELETE FROM items", "not authorized"),
+        ("SELECT length(hex(zeroblob(300000000)))", "too big"),
+    ],
+)
+def test_a_query_is_bounded(query: str, problem: str):
+    """In instructions, in what it may do, and in memory."""
+    grade = common.load_grader(SQL)
+    result_of = grade.function.__globals__["result_of"]
+    with pytest.raises(sqlite3.Error, match=problem):
+        result_of(query)
+    assert not grade(query, {"references": ["SELECT 1"], "source": ""})
+
+
+def test_a_query_after_reasoning():
+    row = {"references": ["SELECT COUNT(*) FROM customers"], "source": ""}
+    for text in ("hm\n</think>\n\n", "<think>```sql\nSELECT 1```</think>"):
+        assert common.load_grader(SQL)(text + row["references"][0], row)
 
 
 @pytest.mark.parametrize(

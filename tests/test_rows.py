@@ -237,6 +237,9 @@ def test_csv(tmp_path: Path, capsys, models):
     assert first.response["content"] == long and first.options == {"tools": [TOOL]}
     assert [m["content"] for m in first.messages] == ["h", "y", "q"] and len(second.messages) == 1
     assert "'level': 1" in capsys.readouterr().out
+    packed = tmp_path / "rows.csv.gz"
+    packed.write_bytes(gzip.compress(file.read_bytes()))
+    assert common.load_conversations(str(packed))[0].response == first.response
     file.write_text('prompt,response\nq,"yes\nr,no\n')
     with pytest.raises(UsageError, match="csv:2: unexpected end of data"):
         common.load_conversations(str(file))

@@ -151,6 +151,36 @@ def test_what_is_selected(tiny):
         "written": 6, "kept": 2, "cut_short": 1, "too_long": 1, "empty": 1, "duplicates": 1,
     }  # fmt: skip
     assert rows(examples) == [("row a", "A B"), ("row a", "A  B ")]
+    exact = len(examples[0].student.ids)  # as long as --max-length: fits
+    for limit, kept in ((exact, 1), (exact - 1, 0)):
+        flags = {"max_length": limit}
+        if kept:
+            assert len(selected(tiny, talks[:1], answers[:1], **flags)[0]) == 1
+        else:
+            with pytest.raises(UsageError, match="1 too long"):
+                selected(tiny, talks[:1], answers[:1], **flags)
+
+
+def test_one_question_in_two_modes_of_a_template(tiny):
+    """Their prompts differ, so equal answers are no repetition."""
+    student = tiny("llama")
+    answers = [Completion("A", True, 3, None)] * 3
+    prompts = [common.Prompt(talk("a"), ids, ids) for ids in ([5, 6], [5, 7], [5, 6])]
+    pair = common.Pair(student, None)
+    examples = common.completion_examples(prompts, answers, pair, 900)
+    kept, counts = sequence_level.select(examples, answers, sequence_level.Arguments())
+    assert len(kept) == 2 and counts["duplicates"] == 1
+
+
+def test_keep_matching_checks_the_training_references(tmp_path):
+    """A reference in which the grader finds nothing could match no answer."""
+    lines = [{"prompt": "a", "references": ["1"]}, {"prompt": "b", "references": ["none"]}]
+    common.write_json_lines(tmp_path / "rows.jsonl", lines)
+    common.write_json_lines(tmp_path / "eval.jsonl", lines[:1])
+    flags = {"dataset": str(tmp_path / "rows.jsonl"), "eval_dataset": str(tmp_path / "eval.jsonl")}
+    flags |= {"keep_matching": True, "grader": "number", "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(UsageError, match=r"rows.jsonl:2: --grader number finds nothing in 'none'"):
+        run_in_process(sequence_level, **flags, output_dir=str(tmp_path / "run"))
 
 
 def test_answers_that_match_a_reference(tiny):

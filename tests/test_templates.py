@@ -368,12 +368,13 @@ def test_reasoning_in_a_field_after_a_cue_that_opens_it():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_every_example_begins_with_its_prompt(seed: int, tokenizer):
+def test_every_example_begins_with_its_prompt(seed: int):
     """Also where a token spans their boundary: real tokenizers join line ends."""
-    model = model_of(AutoTokenizer.from_pretrained(common.DATA / "teacher"))
-    model.tokenizer.chat_template = CHATML
-    real = os.environ.get("DISTIL_REAL_MODELS")
-    models = [model, *([model_of(AutoTokenizer.from_pretrained(f"{real}/smollm2"))] * bool(real))]
+    tokenizer = AutoTokenizer.from_pretrained(common.DATA / "teacher")
+    tokenizer.chat_template = CHATML
+    models, real = [model_of(tokenizer)], os.environ.get("DISTIL_REAL_MODELS")
+    if real:
+        models.append(model_of(AutoTokenizer.from_pretrained(f"{real}/smollm2")))
     for model in models:
         for answer in ("\nfour", "\n\nfour", " four", "four"):
             talk = row("ask" * seed + "x", answer)

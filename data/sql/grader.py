@@ -24,6 +24,7 @@ def shop() -> sqlite3.Connection:
         lambda action, *_: sqlite3.SQLITE_OK if action in READING else sqlite3.SQLITE_DENY
     )
     database.set_progress_handler(lambda: True, INSTRUCTIONS)  # stops the query
+    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000)  # bytes of a value
     return database
 
 
@@ -31,7 +32,8 @@ DATABASE = shop()
 
 
 def query_in(text: str) -> str:
-    """The query of an answer: its first fenced block if it has one."""
+    """The query of an answer, after its reasoning: its first fenced block if it has one."""
+    text = text.rpartition("</think>")[2]
     fenced = re.search(r"```(?:sql(?:ite)?)?\s*(.*?)(?:```|$)", text, re.DOTALL | re.IGNORECASE)
     return (fenced[1] if fenced else text).strip()
 
