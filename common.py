@@ -319,6 +319,7 @@ def check_arguments(args: CommonArguments) -> None:
 def launch(main: Callable[[Any], None], kind: type[CommonArguments], description: str) -> None:
     """Entry point of a script: parse and run; errors of the user or the disk are one sentence."""
     args = parse_arguments(kind, description)
+    lost = (RuntimeError,) if os.environ.get("WORLD_SIZE", "1") != "1" else ()
     try:
         with (
             usage_error("cannot read or write (--output-dir, --cache-dir)", OSError),
@@ -328,7 +329,7 @@ def launch(main: Callable[[Any], None], kind: type[CommonArguments], description
                 RuntimeError,
                 about="out of memory",
             ),  # fmt: skip
-            usage_error("another process of this run has ended", RuntimeError, about="by peer"),
+            usage_error("another process of this run has ended", *lost, about="by peer"),
         ):
             plan(Path(sys.argv[0]).stem, args) if args.plan else main(args)
     except UsageError as problem:
@@ -510,7 +511,8 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
             turns = ["\n\n".join(filter(None, map(_as_text, parts)))]
     tools = _parsed(take("tools", "functions") or [], list, "tools must be a list")
     given = turns[0].get("tools") if turns and isinstance(turns[0], dict) else None
-    tools = tools or (given if isinstance(given, list) else [])  # in some data sets
+    if isinstance(given, list) and all(isinstance(tool, dict) for tool in given):
+        tools = tools or given  # in some data sets
     as_message = functools.partial(_as_message, has_tools=bool(tools))
     rule = "history must be a list of pairs"
     history = _parsed(take("history") or [], list, rule)
@@ -521,9 +523,14 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
     if turns_hold_answer and messages and messages[-1]["role"] == "assistant":
         answers = [messages.pop()]
     else:
-        if "solution" in record and not record.keys() & {"completion", "response", "output"}:
+        if record.get("solution") and not record.keys() & {"completion", "response", "output"}:
             result = record.get("answer")
-        answers = take("completion", "response", "output", "solution", "answer")
+            result = result.get(NOT_TEXT) if isinstance(result, dict) else result
+            result = str(result) if isinstance(result, str | int | float) else None
+        both = (
+            ("solution", "answer") if result or not record.get("answer") else ("answer", "solution")
+        )
+        answers = take("completion", "response", "output", *both)
         answers = answers if isinstance(answers, list) else [answers] * (answers is not None)
         answers = [as_message(turn, "assistant") for turn in answers]
     *between, answer = answers or [None]
@@ -536,9 +543,7 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
         system = _as_text(system, rule="system must be a string")
         messages.insert(0, {"role": "system", "content": system})
     references = _parsed(take("references") or [], list, "references must be a list")
-    if result is not None:
-        result = result if isinstance(result, str) else json.dumps(result)
-    references = references or [r for r in [take("reference"), result] if r is not None][:1]
+    references = references or [r for r in [take("reference"), result or None] if r is not None][:1]
     if not references and answer is not None and "tool_calls" not in answer:
         references = [answer["content"]]
     rule = "chat_template_kwargs must be an object"
@@ -1668,14 +1673,10 @@ def assistant_spans(
         begins = [next((a + n for n in parts[::-1] if text.startswith(cue, a + n - len(cue))), a)
                   for a, _ in spans]  # fmt: skip
         spans = [(begin, b) for begin, (_, b) in zip(begins, spans, strict=True)]
-        said = [m for m in messages if m["role"] == "assistant"]
-        if len(said) == len(spans) and not all(
-            _prints(text[a:b], {"content": _reasoning(m)})
-            for (a, b), m in zip(spans, said, strict=True)
-        ):
-            return text, spans[-1:]
+        earlier = [{"content": _reasoning(m)} for m in messages[:-1] if m["role"] == "assistant"]
         if spans:
-            return text, spans
+            before = text[: spans[-1][0]]
+            return text, spans if all(_prints(before, turn) for turn in earlier) else spans[-1:]
     text, spans = render(tokenizer, messages, **options), []
     for i, message in enumerate(messages):
         # What the assistant says before the user does has no prompt that a template could render.
@@ -1942,7 +1943,7 @@ def _unrendered(response: Message) -> str:
     """A response as a model would write it; `UsageError` for parts that only a template prints."""
     if others := {k for k, v in response.items() if v} - {"role", "content", "reasoning_content"}:
         names = ", ".join(sorted(others))
-        raise UsageError(f"the chat template does not print {names} after its own prompt")
+        raise UsageError(f"the answer's {names} are not found in what the chat template prints")
     reasoning = response.get("reasoning_content")
     text = response["content"] or ""
     return f"<think>\n{reasoning.strip()}\n</think>\n\n{text}" if reasoning else text
@@ -2551,12 +2552,13 @@ class Server:
     def scrubbed(self, problem: Any) -> str:
         """What went wrong, on one line and without the key, which a server may repeat."""
         words = str(problem)
-        status = getattr(problem, "status_code", None)
-        if status and words.endswith(str(status)):  # the reason is not in OpenAI's form
+        status, body = (getattr(problem, name, None) for name in ("status_code", "body"))
+        if body and words.endswith(str(status)):  # the reason is not in OpenAI's form
             with contextlib.suppress(TypeError, LookupError, AttributeError):  # as FastAPI says it
-                for part in problem.body["detail"]:
+                for part in body["detail"]:
                     part.pop("input", None)  # the request
-            words = f"{words}: {json.dumps(problem.body)}"
+            body = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)
+            words = f"{words}: {body}"
         if isinstance(problem, self.openai.APIConnectionError):
             while problem := problem.__cause__ or problem.__context__:
                 words = str(problem) or words  # the innermost cause tells most
@@ -3419,7 +3421,8 @@ def start(script: str, args: CommonArguments) -> Accelerator:
     read = [args.student, args.teacher, args.dataset, args.eval_dataset, args.cache_dir,
             args.chat_template, args.grader.rpartition(":")[0]] * args.overwrite  # fmt: skip
     for path in (Path(name) for name in read if name):
-        if path.exists() and path.resolve().is_relative_to(directory.resolve()):
+        there = path.exists() or path == Path(args.cache_dir)  # which this run may make
+        if there and path.resolve().is_relative_to(directory.resolve()):
             raise UsageError(f"--overwrite would remove {path}, which this run reads")
     torch.manual_seed(args.seed)  # for the initial weights of adapters
     return accelerator

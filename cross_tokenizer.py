@@ -206,10 +206,10 @@ class Turn(NamedTuple):
         return tuple(parts)
 
     def nearest(self) -> Iterator[tuple[int, int]]:
-        """Each student token with the teacher's that begins nearest, the later of two, as long as
-        the teacher's text lasts."""
+        """Each student token with the teacher's nearest one, the later of two, up to a cut."""
         (*begins, end), j = self.begins[1], 0
-        for i, start in enumerate(place for place in self.begins[0][:-1] if place < end):
+        whole = any(token.startswith(END) for token in self.tokens[1][-1:])
+        for i, start in enumerate(p for p in self.begins[0][:-1] if whole or p < end):
             while j + 1 < len(begins) and abs(begins[j + 1] - start) <= abs(begins[j] - start):
                 j += 1
             yield i, j

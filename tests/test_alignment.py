@@ -182,6 +182,8 @@ def test_the_nearest_token_of_the_teacher():
     """The later one of two, and none where the teacher's text has been cut."""
     turn = Turn((0, 0), ([], []), ([0, 2, 4, 7, 9], [0, 3, 5, 6]), 6)
     assert [*turn.nearest()] == [(0, 0), (1, 1), (2, 2)]  # 4 lies between 3 and 5
+    turn = turn._replace(tokens=([], [b"abc", b"de", END]))  # whole, and another text
+    assert [*turn.nearest()] == [(0, 0), (1, 1), (2, 2), (3, 2)]
 
 
 def test_every_end_token_ends_a_text(sides):

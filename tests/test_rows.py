@@ -129,6 +129,8 @@ PUBLIC = {
     "input and output": ({"input": "q", "output": "a"}, "user q", set()),
     "MATH-500": ({"problem": "q", "solution": "a", "answer": "204", "level": 2}, "user q",
                  {"level"}),
+    "an empty result": ({"problem": "q", "solution": "a", "answer": ""}, "user q", {"answer"}),
+    "an empty solution": ({"problem": "q", "solution": "", "answer": "a"}, "user q", {"solution"}),
     "Nemotron": ({"input": [USER], "output": "a", "system_prompt": "s"}, "system s|user q", set()),
     "a result beside an answer": (
         {"question": "q", "response": "a", "answer": "204"}, "user q", {"answer"}),
@@ -168,8 +170,7 @@ def test_tools_reach_the_template(tools: Any, tmp_path: Path, models):
     assert text == chatml(f"system Tools: {json.dumps([TOOL])}", "user q", "assistant a")
     (row,) = load(tmp_path, {"prompt": "q", "tools": "[]", "chat_template_kwargs": {"x": 1}})
     assert row.options == {"x": 1}
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    given = {"role": "system", "content": "s", "tools": tools}  # of the first turn: the row's
+    given = {"role": "system", "content": "s", "tools": [TOOL]}  # of the first turn: the row's
     ((text, _),) = learned(models["tools"], load(tmp_path, {"messages": [given, USER, ANSWER]}))
     assert text == chatml(
         f"system Tools: {json.dumps([TOOL])}", "system s", "user q", "assistant a"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +19,7 @@ from byte_models import (
     write_rows,
 )
 from conftest import language_model, run_in_process
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import common
@@ -264,7 +264,7 @@ def test_tokens_that_are_not_control_stay_tokens():
 def test_tokenizers_of_other_kinds(kind: str):
     """SentencePiece's space, a vocabulary that knows the names as words, Unigram: never the token,
     and the text around is tokenised as ever."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
 
     letters = sorted(set("▁<|im_end|>abcdefghijklmnopqrstuvwxyz"))
     if kind == "words":
@@ -367,21 +367,26 @@ def test_reasoning_in_a_field_after_a_cue_that_opens_it():
     assert learned(model, examples_of(talk, model).student) == "hm\n</think>\n\nfour<|im_end|>"
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_every_example_begins_with_its_prompt(seed: int):
-    """Also where a token spans their boundary: real tokenizers join line ends."""
-    tokenizer = AutoTokenizer.from_pretrained(common.DATA / "teacher")
-    tokenizer.chat_template = CHATML
-    models, real = [model_of(tokenizer)], os.environ.get("DISTIL_REAL_MODELS")
-    if real:
-        models.append(model_of(AutoTokenizer.from_pretrained(f"{real}/smollm2")))
-    for model in models:
-        for answer in ("\nfour", "\n\nfour", " four", "four"):
-            talk = row("ask" * seed + "x", answer)
+def test_every_example_begins_with_its_prompt():
+    """Where a token spans their boundary too: earlier answers and calls are learned as well."""
+    tokenizer = byte_tokenizer(CHATML.replace("<|im_end|>", "{{ m.tool_calls }}<|im_end|>"))
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"]["ĊĊ"] = 262
+    state["model"]["merges"] = [["Ċ", "Ċ"]]  # two line ends are one token
+    backend = Tokenizer.from_str(json.dumps(state))
+    joined = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    joined.chat_template = tokenizer.chat_template
+    model = model_of(joined)
+    calls = [{"type": "function", "function": {"name": "look"}}]
+    for answer in ("\nfour", "\n\nfour", "four"):
+        for more in ({}, {"tool_calls": calls}):
+            talk = row("ask", "\none", "again", answer)
+            talk.response.update(more)
             (prompt,) = common.tokenize_prompts([talk], Pair(model, model), 900)
             example = examples_of(talk, model).student
             assert example.ids[: len(prompt.student)] == prompt.student
-            assert learned(model, example).startswith(answer)
+            said = f"{answer}{calls if more else ''}<|im_end|>"
+            assert learned(model, example).endswith(f"one<|im_end|>{said}")
 
 
 def test_marked_turns_are_compared_with_what_was_said(capsys):

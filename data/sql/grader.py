@@ -1,7 +1,7 @@
 """Whether a query gives the result of a reference query: `--grader data/sql/grader.py:same_result`.
 
-The database of shop.sql is held in memory. A query may only read, and may run a bounded number of
-the database's instructions.
+The database of shop.sql is held in memory. A query may only read, may run a bounded number of the
+database's instructions, and gives a bounded number of values of bounded size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def shop() -> sqlite3.Connection:
         lambda action, *_: sqlite3.SQLITE_OK if action in READING else sqlite3.SQLITE_DENY
     )
     database.set_progress_handler(lambda: True, INSTRUCTIONS)  # stops the query
-    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000)  # bytes of a value
+    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000)  # bytes of a value
     return database
 
 
