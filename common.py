@@ -1081,9 +1081,8 @@ class Pair(NamedTuple):
         """Tokens that one model lacks or has at another id, except those added at the end that end
         no turn."""
         size = min(model.vocabulary for model in self)
-        ends = [
-            m.tokenizer.convert_ids_to_tokens(m.end_ids[0]) for m in self if m.end_ids[0] >= size
-        ]
+        ends = [(m, i) for m in self for i in m.end_ids[:1] if i >= size]
+        ends = [m.tokenizer.convert_ids_to_tokens(i) for m, i in ends]
         return ends + _different_tokens(*(model.tokenizer for model in self), size)
 
     def check_same_vocabulary(self) -> None:
