@@ -108,6 +108,7 @@ STARTED = time.perf_counter()  # for the seconds in results.json
 DATA = Path(__file__).resolve().parent / "data"
 Tokenizer = PreTrainedTokenizerBase
 KEY = "OPENAI_API_KEY"  # the environment variable that holds a server's key
+PUBLISHED = ".published"  # marks a --rollout-weights directory that may be overwritten
 URL = r"https?://(\[[\w:]+\]|[^][\s/?#@:]+)(:\d+)?(/[^\s?#@]*)?"
 # transformers lets the host wait for the GPU in every forward pass, to see whether a row is packed
 # from several texts. Ours never are.
@@ -276,8 +277,9 @@ def check_arguments(args: CommonArguments) -> None:
     weights = {"teacher_dtype", "teacher_device_map"}
     weights |= {*(() if args.two_tokenizers else ("teacher", "teacher_revision"))}
     trackers = ["none", *map(str, get_available_trackers())]
-    models, weights_dir = (args.student, args.teacher), getattr(args, "rollout_weights", None)
-    local = [Path(model).is_dir() for model in models]
+    local = [Path(model).is_dir() for model in (args.student, args.teacher)]
+    folder = Path(getattr(args, "rollout_weights", None) or "nowhere")
+    foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / PUBLISHED).exists()
     for wrong, message in (
         (not 0 < args.top_p <= 1, f"--top-p must lie in (0, 1], not {args.top_p}"),
         ("top_p" in changed and not args.sampling_temperature,
@@ -299,8 +301,8 @@ def check_arguments(args: CommonArguments) -> None:
         ("eval_split" in changed and (not args.eval_dataset or Path(args.eval_dataset).is_file()),
          "--eval-split is for a hub data set or directory in --eval-dataset"),
         (args.seed >= 2**63, f"--seed must be below 2**63, not {args.seed}"),
-        (weights_dir and Path(weights_dir).resolve() in [Path(m).resolve() for m in models],
-         f"--rollout-weights {weights_dir} would be overwritten: it is one of the two models"),
+        (foreign, f"--rollout-weights {folder} has files that no run has put there, and would be "
+         "overwritten: name an empty directory"),
         (args.api_max_failures > 1, "--api-max-failures is a share, from 0 to 1"),
         (api and not url, f"{', '.join(api)} needs --api-base-url"),
         (url and changed & weights, f"{', '.join(map(as_flag, sorted(changed & weights)))} is for "
@@ -2829,6 +2831,7 @@ class RolloutServer(ServerTeacher):
         kinds = OSError, RuntimeError, ValueError, SafetensorError
         with usage_error(f"cannot write in {self.directory}", *kinds):
             self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / PUBLISHED).touch()
             if lora:
                 student.adapters.peft_config["default"].save_pretrained(self.directory)
                 own = "base_model.model."

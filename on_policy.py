@@ -62,7 +62,7 @@ class Arguments(token_level.Arguments):
     rollout_temperature: float = flag(1.0, "temperature of the student's text (0: greedy)")
     rollout_steps: int = flag(1, "on-policy steps whose text is sampled together in advance")
     rollout_url: str | None = flag(None, "a vLLM server of the student, to write its text")
-    rollout_weights: str | None = flag(None, "the directory from which it loads the weights")
+    rollout_weights: str | None = flag(None, "an empty directory, from which it loads the weights")
 
     def objective(self) -> Objective:
         """The divergence and its weights; `UsageError` for flags that contradict each other."""

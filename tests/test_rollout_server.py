@@ -105,8 +105,10 @@ def test_the_models_own_directories_are_not_written_to(rollouts, tmp_path):
     stub, flags = rollouts
     for model in ("student", "teacher"):
         own = served(stub, flags, tmp_path, rollout_weights=flags[model])
-        with pytest.raises(UsageError, match="it is one of the two models"):
+        with pytest.raises(UsageError, match="has files that no run has put there"):
             common.check_arguments(on_policy.Arguments(**own))
+    run_in_process(on_policy, **served(stub, flags, tmp_path))
+    common.check_arguments(on_policy.Arguments(**served(stub, flags, tmp_path)))  # used again
     args = on_policy.Arguments(rollout_url=stub.url, rollout_weights="w", api_timeout=30.0)
     common.check_arguments(args)  # a silent server may be given up earlier
 
