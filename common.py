@@ -321,7 +321,7 @@ def check_arguments(args: CommonArguments) -> None:
 def launch(main: Callable[[Any], None], kind: type[CommonArguments], description: str) -> None:
     """Entry point of a script: parse and run; errors of the user or the disk are one sentence."""
     args = parse_arguments(kind, description)
-    lost = (RuntimeError,) if os.environ.get("WORLD_SIZE", "1") != "1" else ()
+    lost = (RuntimeError,) if os.environ.get("WORLD_SIZE", "1") != "1" else ()  # if others die
     try:
         with (
             usage_error("cannot read or write (--output-dir, --cache-dir)", OSError),
@@ -514,7 +514,7 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
     tools = _parsed(take("tools", "functions") or [], list, "tools must be a list")
     given = turns[0].get("tools") if turns and isinstance(turns[0], dict) else None
     if isinstance(given, list) and all(isinstance(tool, dict) for tool in given):
-        tools = tools or given  # in some data sets
+        tools = tools or given  # some data sets put them there
     as_message = functools.partial(_as_message, has_tools=bool(tools))
     rule = "history must be a list of pairs"
     history = _parsed(take("history") or [], list, rule)
