@@ -1745,11 +1745,12 @@ def tokenize_conversation(
     if spans and not _prints(text[slice(*spans[-1])], messages[-1]):
         spans = []
     ids, offsets = tokenize(model.tokenizer, text)
-    before = render(model.tokenizer, messages[:-1], prompt=True, **options) if prompt_ids else ""
-    if ids[: len(prompt_ids)] != [*prompt_ids] and text.startswith(before):
-        ids, offsets = tokenize(model.tokenizer, before)
-        more, places = tokenize(model.tokenizer, text[len(before) :])
-        ids, offsets = ids + more, offsets + [(a + len(before), b + len(before)) for a, b in places]
+    if ids[: len(prompt_ids)] != [*prompt_ids]:
+        before = render(model.tokenizer, messages[:-1], prompt=True, **options)
+        if text.startswith(before):
+            (ids, offsets), n = tokenize(model.tokenizer, before), len(before)
+            more, places = tokenize(model.tokenizer, text[n:])
+            ids, offsets = ids + more, offsets + [(a + n, b + n) for a, b in places]
     # Some tokenizers leave leading spaces out of offsets, so a token begins where the last ended.
     ends_before = [0, *(b for _, b in offsets[:-1])]
     begins = [min(a, last) for (a, _), last in zip(offsets, ends_before, strict=True)]
@@ -2344,8 +2345,8 @@ class TeacherHiddenStates:
         """Compute each batch with a missing tensor, and write the missing tensors.
 
         Batches depend on the text alone and are computed whole, so an interrupted run gives the
-        same bits. A server is asked only for what is
-        missing, and each of its replies is written before its worker asks for the next.
+        same bits. A server is asked only for what is missing, and each of its replies is written
+        before its worker asks for the next.
         """
         teacher, head_file = self.teacher, self.directory / "head.safetensors"
         head, missing = teacher.head(), examples.keys() - self._list().keys()
