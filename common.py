@@ -249,7 +249,11 @@ def parse_arguments(
         formatter_class=HelpFormatter,
     )  # fmt: skip
     try:
-        (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        args, unknown = parser.parse_args_into_dataclasses(
+            argv, look_for_args_file=False, return_remaining_strings=True
+        )
+        if unknown:
+            raise UsageError(f"unknown flags or words: {' '.join(unknown)}")
         check_arguments(args)
     except (ValueError, argparse.ArgumentError, UsageError) as problem:
         parser.exit(2, f"error: {problem} (--help lists the flags)\n")
@@ -262,6 +266,9 @@ def check_arguments(args: CommonArguments) -> None:
                 "max_new_tokens", "generation_batch_size", "logging_steps", "api_top_logprobs",
                 "api_concurrency", "api_timeout"}  # fmt: skip
     for name, value in vars(args).items():
+        if isinstance(value, str) and (not value or value.startswith("~")):
+            advice = "a shell replaces ~ only at the beginning of a word"
+            raise UsageError(f"{as_flag(name)} is {value!r}" + f": {advice}" * bool(value))
         if isinstance(value, bool) or not isinstance(value, int | float) or name == "max_steps":
             continue
         if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
@@ -277,7 +284,8 @@ def check_arguments(args: CommonArguments) -> None:
     weights = {"teacher_dtype", "teacher_device_map"}
     weights |= {*(() if args.two_tokenizers else ("teacher", "teacher_revision"))}
     trackers = ["none", *map(str, get_available_trackers())]
-    local = [Path(model).is_dir() for model in (args.student, args.teacher)]
+    models = args.student, args.teacher
+    local = [Path(model).is_dir() for model in models]
     folder = Path(getattr(args, "rollout_weights", None) or "nowhere")
     foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / PUBLISHED).exists()
     for wrong, message in (
@@ -289,7 +297,10 @@ def check_arguments(args: CommonArguments) -> None:
         (args.resume and args.overwrite, "--resume and --overwrite contradict each other"),
         (args.resume and not args.output_dir, "--resume needs --output-dir, the run to continue"),
         (args.overwrite and not args.output_dir, "--overwrite needs --output-dir, what to replace"),
-        (args.max_steps <= 0 and not args.epochs, "--epochs is 0 and --max-steps is not given"),
+        (args.max_steps < 1 and args.max_steps != -1, "--max-steps must be 1 or more"),
+        (args.max_steps == -1 and not args.epochs, "--epochs is 0 and --max-steps is not given"),
+        *((m.startswith((".", "/")) and not there, f"there is no model directory {m}")
+          for m, there in zip(models, local, strict=True)),
         (args.lora_rank and not find_spec("peft"), '--lora-rank needs pip install -e ".[lora]"'),
         (args.report_to not in trackers, f"--report-to: {args.report_to} is not installed, only "
          f"{', '.join(trackers)} (tensorboard: pip install -e \".[trackers]\")"),
@@ -321,10 +332,13 @@ def check_arguments(args: CommonArguments) -> None:
 def launch(main: Callable[[Any], None], kind: type[CommonArguments], description: str) -> None:
     """Entry point of a script: parse and run; errors of the user or the disk are one sentence."""
     args = parse_arguments(kind, description)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # where it does not take UTF-8
     lost = (RuntimeError,) if os.environ.get("WORLD_SIZE", "1") != "1" else ()  # if others die
     try:
         with (
             usage_error("cannot read or write (--output-dir, --cache-dir)", OSError),
+            usage_error("the reader of the output has gone", BrokenPipeError),
             usage_error(
                 "out of memory, which --micro-batch-size, --generation-batch-size, "
                 "--gradient-checkpointing or --lora-rank can lower",
@@ -341,11 +355,19 @@ def launch(main: Callable[[Any], None], kind: type[CommonArguments], description
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        end_by(signal.SIGINT)
     # Not inside `main`: if DDP's reducer holds the last reference to the process group, it joins
     # the group's thread while holding the interpreter lock that the thread may be waiting for.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def end_by(number: int) -> None:
+    """End this process by a signal: a shell leaves its loop only if Ctrl-C itself ends a run."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
 
 
 def as_flag(name: str) -> str:
@@ -521,20 +543,19 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
     turns = [text for pair in history for text in _parsed(pair, list, rule)] + turns
     roles = ["user", "assistant"] if all(isinstance(turn, str) for turn in turns) else [None]
     messages = [as_message(turn, roles[i % len(roles)]) for i, turn in enumerate(turns)]
-    result = None  # of a worked solution
+    results = []  # of a worked solution
     if turns_hold_answer and messages and messages[-1]["role"] == "assistant":
         answers = [messages.pop()]
     else:
-        if record.get("solution") and not record.keys() & {"completion", "response", "output"}:
-            result = record.get("answer")
-            result = result.get(NOT_TEXT) if isinstance(result, dict) else result
-            result = str(result) if isinstance(result, str | int | float) else None
-        both = (
-            ("solution", "answer") if result or not record.get("answer") else ("answer", "solution")
-        )
+        worked = record.get("solution")
+        both = ("solution", "answer") if worked else ("answer", "solution")
         answers = take("completion", "response", "output", *both)
+        if worked and "solution" not in record:
+            results = _results(record.get("answer"))
         answers = answers if isinstance(answers, list) else [answers] * (answers is not None)
         answers = [as_message(turn, "assistant") for turn in answers]
+        if len(answers) == 1 and (reasoning := take("reasoning_content")):
+            answers[0]["reasoning_content"] = _as_text(reasoning)
     *between, answer = answers or [None]
     messages += between
     if not messages or messages[-1]["role"] == "assistant":
@@ -545,18 +566,32 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
         system = _as_text(system, rule="system must be a string")
         messages.insert(0, {"role": "system", "content": system})
     references = _parsed(take("references") or [], list, "references must be a list")
-    references = references or [r for r in [take("reference"), result or None] if r is not None][:1]
-    if not references and answer is not None and "tool_calls" not in answer:
+    reference = take("reference")
+    references = references or (results if reference in (None, "") else [reference])
+    wanted = answer is not None and record.get("label") is not False  # as in KTO's data sets
+    if not references and wanted and "tool_calls" not in answer:
         references = [answer["content"]]
     rule = "chat_template_kwargs must be an object"
     options = _parsed(take("chat_template_kwargs") or {}, dict, rule)
     if tools:
         options = options | {"tools": [_as_function(tool) for tool in tools]}
-    unused.update(record.keys() - ({"answer"} if result else set()))
+    unused.update(record.keys() - ({"answer"} if results else set()))
     record = {k: v.get(NOT_TEXT, v) if isinstance(v, dict) else v for k, v in record.items()}
     rule = "references must be strings"
-    references = [_as_text(r, rule=rule) for r in references]
+    references = [r for r in references if final_text(_as_text(r, rule=rule)).strip()]
+    choices = [record[name] for name in ("choices", "options", "A") if name in record]
+    if choices and any(re.fullmatch(r"\(?[A-Z]\)?", r.strip()) for r in references):
+        parts, asked = re.findall(r"\w[\w ]+|\d", str(choices)), str(messages)
+        if not any(part in asked for part in parts):
+            raise ValueError("the answer is the letter of a choice that the prompt does not hold")
     return Conversation(messages, answer, references, source, options, record)
+
+
+def _results(value: Any) -> list[str]:
+    """The results, or the only one, that stand beside a worked solution."""
+    values = value if isinstance(value, list) else [value]
+    values = [v.get(NOT_TEXT) if isinstance(v, dict) else v for v in values]
+    return [str(v) for v in values if v != "" and isinstance(v, str | int | float)]
 
 
 def _as_message(turn: Any, role: str | None, has_tools: bool) -> Message:
@@ -564,7 +599,8 @@ def _as_message(turn: Any, role: str | None, has_tools: bool) -> Message:
     tools are text: if their tools are given too, a template prints both in its own way."""
     turn = {"role": role, "content": turn} if isinstance(turn, str) else turn
     if not isinstance(turn, dict):
-        raise ValueError("a turn must be text, or an object with role and content")
+        kind = type(turn).__name__
+        raise ValueError(f"a turn must be text, or an object with role and content, not {kind}")
     take = functools.partial(_take, turn := _without_nulls(turn))
     name = take("role", "from")
     key = str(name).strip().lower()
@@ -627,8 +663,10 @@ def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversat
         if c.response is None:
             raise UsageError(f"{c.source}: no assistant turn for --completions dataset")
         turns = [m for m in (*c.messages, c.response) if m["role"] == "assistant"]
-        if any(0 in (m.get("weight"), m.get("train")) for m in turns):  # False == 0
-            raise UsageError(f"{c.source}: all assistant turns are learned, also one of weight 0")
+        marks = [turn.get(name) for turn in turns for name in ("weight", "train", "loss")]
+        if 0 in marks or c.columns.get("label") is False:  # False == 0
+            what = "all assistant turns are learned, whatever weight, train, loss and label say"
+            raise UsageError(f"{c.source}: {what}")
     eval_dataset = args.eval_dataset
     if eval_dataset is None and Path(args.dataset).resolve() == (DATA / "train.jsonl").resolve():
         eval_dataset = str(DATA / "eval.jsonl")
@@ -674,11 +712,8 @@ def check_content(model: LanguageModel, turns: list[Message], prompt: str, **opt
     for i, turn in enumerate(turns):
         if turn["role"] == "assistant" or _prints(prompt, turn):
             continue  # a template may change what it prints
-        bare = [*turns[:i], turn | {"content": ""}, *turns[i + 1 :]]
-        text = None
-        with contextlib.suppress(UsageError):  # a template may insist on it
-            text = render(model.tokenizer, bare, prompt=True, **options)
-        if text == prompt:
+        changed = [*turns[:i], turn | {"content": turn["content"] + "x"}, *turns[i + 1 :]]
+        if render(model.tokenizer, changed, prompt=True, **options) == prompt:
             raise UsageError(f"the chat template does not print the content of turn {i + 1}")
 
 
@@ -694,10 +729,15 @@ Grader = Callable[[str, dict[str, Any]], bool]  # of an answer and its row: whet
 GRADER_SECONDS = 10.0  # for one call of a user's function
 
 
+# As most models, Mistral, Seed and MiniMax, and Gemma write them.
+REASONING_OPENS = re.compile(r"\s*(<think>|\[THINK\]|<\w+:think>|<\|channel>thought)")
+REASONING_ENDS = re.compile(r"</think>|\[/THINK\]|</\w+:think>|<channel\|>")
+
+
 def final_text(text: str) -> str:
     """An answer without the reasoning before it; "" if that has no end."""
-    _, closed, answer = text.rpartition("</think>")
-    return answer if closed or not answer.lstrip().startswith("<think>") else ""
+    *reasoning, answer = REASONING_ENDS.split(text)
+    return answer if reasoning or not REASONING_OPENS.match(text) else ""
 
 
 def _last_number(text: str) -> float | None:
@@ -740,7 +780,8 @@ def _last_match(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 READERS: dict[str, Callable[[str], Any]] = {
-    "exact": str.split, "number": _last_number, "choice": _chosen_letter, "json": _json_value,
+    "exact": lambda text: text.split() or None,
+    "number": _last_number, "choice": _chosen_letter, "json": _json_value,
 }  # fmt: skip
 
 
@@ -777,7 +818,8 @@ class FunctionGrader:
 
     def __init__(self, name: str) -> None:
         path, _, attribute = name.rpartition(":")
-        with usage_error(f"--grader {name} is no FILE.py:FUNCTION", Exception):
+        sys.path.append(str(Path(path).absolute().parent))  # it may import its neighbours
+        with usage_error(f"--grader {name} cannot be loaded", Exception):
             spec = importlib.util.spec_from_file_location(f"grader_{Path(path).stem}", path)
             sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
@@ -791,7 +833,9 @@ class FunctionGrader:
         before = signal.signal(signal.SIGALRM, self._stop)
         signal.setitimer(signal.ITIMER_REAL, GRADER_SECONDS)
         try:
-            return bool(self.function(text, row))
+            if (right := self.function(text, row)) not in (True, False):
+                raise TypeError(f"it returned {right!r:.50}, not True or False")
+            return bool(right)
         except (Exception, SystemExit, TooLong) as problem:
             self.failures.append(f"{row['source']}: {type(problem).__name__}: {problem}")
             if len(self.failures) == 1:
@@ -971,9 +1015,11 @@ class LanguageModel:
         return Head(weight, bias, scale, getattr(config, "final_logit_softcapping", None))  # Gemma
 
     def autocast(self) -> torch.autocast:
-        """Computing in `compute_dtype`, if that is not the weights'."""
+        """Computing in `compute_dtype`, if that is not the weights'. Its cache would hold the casts
+        of all layers until the forward pass ends, although each is used once."""
         mixed = self.compute_dtype != self.model.dtype
-        return torch.autocast(self.device.type, self.compute_dtype, enabled=mixed)
+        kind = self.device.type
+        return torch.autocast(kind, self.compute_dtype, enabled=mixed, cache_enabled=False)
 
     def backbone(self, **inputs: Any) -> Any:
         """The model without its head, computing in `compute_dtype`."""
@@ -1118,7 +1164,10 @@ def end_of_turn_ids(tokenizer: Tokenizer, *configs: Any, **options: Any) -> list
     pairs = enumerate(zip(*texts, strict=False))
     common = next((n for n, (a, b) in pairs if a != b), 0)
     after, added = texts[0][:common][::-1], tokenizer.added_tokens_decoder
-    ids = [i for i in tokenize(tokenizer, after)[0] if i in added and added[i].content.strip()]
+    ids = tokenize(tokenizer, after)[0]
+    words = [n for n, i in enumerate(ids) if i not in added and tokenizer.decode(i).strip()]
+    closing = ids[words[-1] + 1 :] if words else ids  # what follows may close a part of the answer
+    ids = [i for i in (closing or ids) if i in added and added[i].content.strip()]
     ids = sorted(ids, key=lambda i: not added[i].special)[:1]
     for end in (tokenizer.eos_token_id, *(getattr(c, "eos_token_id", None) for c in configs)):
         ids += end if isinstance(end, list) else [] if end is None else [end]
@@ -1187,12 +1236,14 @@ def load_weights(
     model: LanguageModel, args: CommonArguments, revision: str, dtype: str
 ) -> PreTrainedModel:
     """The weights on the model's device, in eval mode; refuses missing ones and unknown heads."""
+    mixed = model.compute_dtype != getattr(torch, dtype)
     with usage_error(f"cannot load the model {model.name}", *LOADING_ERRORS):
         weights, report = AutoModelForCausalLM.from_pretrained(
             model.name,
             revision=revision,
             dtype=dtype,
             attn_implementation=args.attn_implementation,
+            experts_implementation="eager" if mixed else None,  # autocast leaves others in float32
             device_map="auto" if model.spread else None,
             use_safetensors=True,
             trust_remote_code=False,
@@ -1533,8 +1584,8 @@ class Example:
 
 def with_reasoning(prompt: Prompt, answer: Completion) -> str:
     """An answer to be graded, with the tag of its reasoning if its prompt has opened that."""
-    opened = answer.ids is not None and prompt.given.startswith("<think>")
-    return prompt.given * opened + answer.text
+    opened = answer.ids is not None and REASONING_OPENS.match(prompt.given)
+    return prompt.given * bool(opened) + answer.text
 
 
 class Batch(NamedTuple):
@@ -1717,9 +1768,14 @@ def tokenize_answer(
 
     It is tokenised after its prompt, because SentencePiece marks where text begins. If one token
     would span the boundary, it is tokenised by itself, because at generation time the model has
-    read exactly the prompt's own tokens.
+    read exactly the prompt's own tokens. `UsageError` if it reasons after a prompt that has closed
+    the reasoning.
     """
     before = render(model.tokenizer, talk.messages, prompt=True, **talk.options)
+    if before.rstrip().endswith("</think>"):
+        text = re.sub(r"\A\s*<think>\s*</think>\s*", "", text)
+        if text.lstrip().startswith("<think>"):
+            raise UsageError("the answer reasons, and its generation prompt has closed </think>")
     text, start = mark_control_tokens(model.tokenizer, text), len(prompt_ids)
     ids = tokenize(model.tokenizer, before + text)[0]
     if ids[:start] != prompt_ids or (text and len(ids) == start):
@@ -1735,15 +1791,17 @@ def tokenize_conversation(
     It begins with the prompt's ids: if one token would span the end of the prompt, what the
     template prints after the prompt is tokenised by itself, as `tokenize_answer` does. If the
     template prints no end after the last turn, the model's own is appended. If it does not print
-    the last turn as it is, there are no targets.
+    the last turn as it is, or prints two blocks of reasoning before it, there are no targets.
     """
     check_printed(model, messages, "tool_calls", **options)
     # Where the prompt opens reasoning, `dataset_examples` can write that of the last turn itself.
     reasoned = messages[:-1] if model.opens.startswith("<think>") else messages
     check_printed(model, reasoned, "reasoning_content", **options)
     text, spans = assistant_spans(model.tokenizer, messages, **options)
-    if spans and not _prints(text[slice(*spans[-1])], messages[-1]):
-        spans = []
+    if spans:
+        before, answer = text[: spans[-1][0]].rstrip(), text[slice(*spans[-1])]
+        twice = before.endswith("</think>") and answer.lstrip().startswith("<think>")
+        spans = spans if _prints(answer, messages[-1]) and not twice else []
     ids, offsets = tokenize(model.tokenizer, text)
     if ids[: len(prompt_ids)] != [*prompt_ids]:
         before = render(model.tokenizer, messages[:-1], prompt=True, **options)
@@ -1899,19 +1957,22 @@ def dataset_examples(
     empty = last_only = 0  # the latter: conversations with earlier answers that cannot be located
     for i, prompt in enumerate(prompts):
         conversation, response = prompt.conversation, prompt.conversation.response
-        if not (
-            response["content"].strip() or response.keys() & {"tool_calls", "reasoning_content"}
-        ):
+        turns = [*conversation.messages, response]
+        said = {"tool_calls", "reasoning_content"}
+        if any(not (t["content"].strip() or t.keys() & said or t["role"] != "assistant")
+               for t in turns):  # fmt: skip
             empty += 1
             continue
-        response = response | {"content": whole_answer(response["content"])}
-        turns = [*conversation.messages, response]
+        turns[-1] = response = response | {"content": whole_answer(response["content"])}
         with usage_error(conversation.source, UsageError):
             asked, options = (prompt.student, prompt.teacher), conversation.options
             sides = [tokenize_conversation(pair.student, turns, asked[0], **options)] * 2
             if len(pair.readers) == 2 and asked[0] is not asked[1]:  # read differently
                 sides[1] = tokenize_conversation(pair.readers[1], turns, asked[1], **options)
-            if not all(t and ids[: len(p)] == p for (ids, t), p in zip(sides, asked, strict=True)):
+            if not (
+                all(t and ids[: len(p)] == p for (ids, t), p in zip(sides, asked, strict=True))
+                and (shared or "tool_calls" in response or _hold_one_text(pair.readers, sides))
+            ):
                 answer = Completion(_unrendered(response), True, 0, None)
                 (example,) = completion_examples([prompt], [answer], pair, sys.maxsize)
                 sides = [example.student, example.teacher]
@@ -1932,7 +1993,8 @@ def dataset_examples(
         if ours.targets:
             examples.append(Example(i, prompt, response["content"], ours, theirs))
     if empty:
-        PartialState().print(f"{empty} of {len(prompts)} answers left out: they are empty")
+        left_out = f"{empty} of {len(prompts)} conversations left out"
+        PartialState().print(f"{left_out}: an assistant turn is empty")
     if last_only:
         PartialState().print(
             f"of {last_only} of {len(prompts)} conversations only the last answer is learned: the "
@@ -1941,11 +2003,25 @@ def dataset_examples(
     return examples, cut
 
 
+def _hold_one_text(models: list[LanguageModel], sides: list[Tokens]) -> bool:
+    """Whether the last answer is one text on both sides, but for what only one begins with."""
+    texts = []
+    for model, (ids, targets) in zip(models, sides, strict=True):
+        start = max({*targets} - {t + 1 for t in targets})
+        answer = [ids[t] for t in targets if t >= start and ids[t] not in model.end_ids]
+        texts.append(model.tokenizer.decode(answer, clean_up_tokenization_spaces=False))
+    short, long = sorted(texts, key=len)
+    return long.endswith(short)
+
+
 def _unrendered(response: Message) -> str:
     """A response as a model would write it; `UsageError` for parts that only a template prints."""
     if others := {k for k, v in response.items() if v} - {"role", "content", "reasoning_content"}:
         names = ", ".join(sorted(others))
-        raise UsageError(f"the answer's {names} are not found in what the chat template prints")
+        raise UsageError(
+            f"the chat template does not print the answer's {names} after its generation prompt "
+            "(--template-kwargs may turn reasoning off)"
+        )
     reasoning = response.get("reasoning_content")
     text = response["content"] or ""
     return f"<think>\n{reasoning.strip()}\n</think>\n\n{text}" if reasoning else text
@@ -1980,9 +2056,10 @@ def collate(examples: Sequence[Tokens], device: torch.device, pad_id: int = 0) -
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device; on a GPU without waiting."""
-    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
-    return tensor.to(device, non_blocking=True)
+    """Copy to the device; to a CUDA device without waiting."""
+    if device.type != "cuda":  # MPS may copy after the tensor's memory has been used again
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def my_share(items: Sequence[Item], alone: bool = False) -> Sequence[Item]:
@@ -2260,6 +2337,8 @@ def exclusive(lock: Path) -> Iterator[None]:
             held.acquire()
     try:
         state.wait_for_everyone()
+        if not lock.exists():
+            raise UsageError(f"all processes must see one --cache-dir; one lacks {lock}")
         yield
         state.wait_for_everyone()
     finally:
@@ -3404,7 +3483,9 @@ def start(script: str, args: CommonArguments) -> Accelerator:
         ("--output-dir", args.output_dir or "runs"),
         ("--cache-dir", args.cache_dir),
     ):
-        nearest = next(p for p in (Path(path), *Path(path).resolve().parents) if p.exists())
+        # A link to a disk that is gone counts too.
+        whole = Path(path).absolute()
+        nearest = next(p for p in (whole, *whole.parents) if os.path.lexists(p))
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UsageError(f"cannot write in {name} {path}: {nearest} is no writable directory")
     directory = Path(args.output_dir or "runs")
@@ -3478,6 +3559,7 @@ def prepare(
     """Prepare the student's module and its optimizer for the launched processes; FSDP shards the
     student, and `teacher` if it is loaded."""
     gc.collect()  # a teacher with accelerate's hooks is a cycle, which would stay beside training
+    torch.cuda.empty_cache()  # it may have lain on GPUs where other processes train
     if accelerator.is_fsdp2:
         student = module.student
         with usage_error("cannot shard the models", ValueError):
@@ -3495,7 +3577,9 @@ def prepare(
 def reduce_gradients(
     accelerator: Accelerator, module: nn.Module, now: bool
 ) -> contextlib.AbstractContextManager[None]:
-    """Gradients are synchronised between processes only in a step's last micro-batch."""
+    """Gradients are synchronised between processes only in a step's last micro-batch; with FSDP in
+    each, because gradients that wait are not sharded."""
+    now = now or accelerator.is_fsdp2
     return contextlib.nullcontext() if now else accelerator.no_sync(module)
 
 
@@ -3529,6 +3613,8 @@ class Run:
                 write_json(self.directory / "args.json", all_arguments(script, args))
             print(f"run directory: {self.directory}")
         self.directory = broadcast_object_list([self.directory])[0]
+        if not self.directory.is_dir():
+            raise UsageError(f"all processes must see one --output-dir; one lacks {self.directory}")
         self.checkpoint = next(reversed(self._checkpoints()), None) if args.resume else None
         text = hashlib.sha256()
         for item in (*examples, *evaluator.prompts):
@@ -3568,10 +3654,11 @@ class Run:
         named = self.args.output_dir
         name = "-".join([self.script, *flags]).encode()[:180].decode(errors="ignore")
         base = Path(named or f"runs/{name}")
+        base.parent.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
             directory = base if number == 1 else base.with_name(f"{base.name}-{number}")
-            with contextlib.suppress(FileExistsError):
-                directory.mkdir(parents=True, exist_ok=bool(named))
+            with contextlib.suppress(*[FileExistsError] * (not named)):
+                directory.mkdir(exist_ok=bool(named))
                 break
         # Held until the process ends.
         self.lock = FileLock(directory / ".lock", blocking=False, is_singleton=True)
@@ -3582,7 +3669,8 @@ class Run:
                 raise UsageError(f"another run has used --output-dir {directory} meanwhile")
             left = set(directory.iterdir()) - {directory / ".lock"}
             for path in sorted(left, key=lambda path: path.name == "args.json"):  # which allows it
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                whole = path.is_dir() and not path.is_symlink()
+                shutil.rmtree(path) if whole else path.unlink()
         return directory
 
     def _checkpoints(self) -> list[Path]:
@@ -3683,9 +3771,8 @@ class Run:
         """Write a checkpoint if one is due, and end the run if a signal asked for it."""
         last, stop = step == self.steps, self.signal
         if self.accelerator.num_processes > 1:  # all must stop at the same step
-            mine = torch.tensor([stop], device=self.accelerator.device)
             agree = last or step % self.args.logging_steps == 0
-            stop = int(self.accelerator.gather(mine).max()) if agree else 0
+            stop = max(gather_object([stop])) if agree else 0
         if last or stop or (self.args.save_steps and step % self.args.save_steps == 0):
             self.flush()
             self._write_checkpoint(step)
@@ -3695,7 +3782,7 @@ class Run:
             default_signals()
         if stop:
             self._stopped(step)
-            sys.exit(128 + stop)
+            end_by(stop)
 
     def interrupt(self) -> None:
         """Write a checkpoint of what is done, in all processes, before an error ends the run."""
@@ -3782,14 +3869,16 @@ class Run:
 
     def _model_card(self, table: str) -> str:
         changed = changed_flags(self.args).items()
-        flags = [f"{as_flag(n)} {v}" for n, v in changed if n not in FLAGS_FREE_ON_RESUME]
-        teacher = self.args.api_model or Path(self.args.teacher).name
-        student = Path(self.args.student).name
+        flags = [(as_flag(n), str(v)) for n, v in changed if n not in FLAGS_FREE_ON_RESUME]
+        flags = shlex.join(itertools.chain.from_iterable(flags)) or "none"
+        paths = Path(self.args.student).absolute(), Path(self.args.teacher).absolute()
+        student, teacher = (p.parent.name if p.name == "final" else p.name for p in paths)
+        teacher = self.args.api_model or teacher
         lines = [
             "---", "library_name: transformers", "pipeline_tag: text-generation",
             "tags: [distillation]", "---", "", f"# {student}, distilled from {teacher}", "",
             f"- method: `{self.script}.py`", f"- teacher: `{teacher}`", f"- student: `{student}`",
-            f"- data: `{Path(self.args.dataset).name}`", f"- flags: `{' '.join(flags) or 'none'}`",
+            f"- data: `{Path(self.args.dataset).name}`", f"- flags: `{flags}`",
             "", "```", table, "```", "",
         ]  # fmt: skip
         return "\n".join(lines)
@@ -4077,4 +4166,5 @@ def compare_runs(paths: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as of any command before `| head`
     compare_runs(sys.argv[1:])

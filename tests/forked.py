@@ -86,7 +86,7 @@ class ForkedRanks:
         errors: Path | None = None, **environment: str,
     ) -> None:  # fmt: skip
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        environment = {
+        self.environment = environment = {
             "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from byte_models import randomize, word_tokenizer, write
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import common
@@ -194,6 +196,25 @@ def check_text(model: LanguageModel, temperature: float) -> None:
             assert (mass.gather(1, chosen)[:, 0] - draw).min() > -1e-3
             below = F.pad(mass, (1, 0)).gather(1, chosen)[:, 0]
             assert (draw - below).min() > -1e-3
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "olmoe"])
+def test_experts_compute_in_bfloat16(kind: str, tmp_path: Path):
+    """Under autocast, which leaves grouped products in the dtype of the weights."""
+    student = student_of(save(tmp_path / "student", kind), dtype="bfloat16")
+
+    class Products(TorchDispatchMode):
+        dtypes: ClassVar = Counter()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "mm" in str(function):
+                self.dtypes[tuple(a.dtype for a in args if torch.is_tensor(a))] += 1
+            return function(*args, **(kwargs or {}))
+
+    with Products() as products, torch.no_grad():
+        student.backbone(input_ids=torch.arange(4, 20)[None])
+    assert {d for pair in products.dtypes for d in pair} == {torch.bfloat16}
+    assert products.dtypes.total() > 10
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -427,7 +427,7 @@ ROWS = [
     ({"prompt": "q"}, ["user q"], None, []),
     ({"prompt": "q", "completion": None, "reference": "x"}, ["user q"], None, ["x"]),
     ({"prompt": "q", "completion": "a"}, ["user q"], "a", ["a"]),
-    ({"prompt": "q", "response": "", "extra": 3}, ["user q"], "", [""]),
+    ({"prompt": "q", "response": "", "extra": 3}, ["user q"], "", []),
     ({"prompt": [TURN], "completion": [ANSWER]}, ["user q"], "a", ["a"]),
     ({"instruction": "i", "input": "q", "output": "a"}, ["user i\n\nq"], "a", ["a"]),
     ({"instruction": "i", "input": "", "output": "a"}, ["user i"], "a", ["a"]),

@@ -258,6 +258,13 @@ CASES = [
     Case("template raises", "--teacher broken --chat-template own.jinja",
          ["template", "only system prompts please"], prepare=other_template(RAISES)),
     # directories
+    Case("a tilde that the shell has left", "--output-dir=~/x", ["--output-dir", "~/x", "shell"]),
+    Case("an empty value", "--dataset=", ["--dataset is ''"]),
+    Case("no steps", "--max-steps 0", ["--max-steps must be 1 or more"]),
+    Case("runs on a disk that is gone", "--cache-dir good.jsonl.cache", ["cannot", "runs"],
+         prepare=lambda tmp: (tmp / "runs").symlink_to(tmp / "gone")),
+    Case("output on a disk that is gone", "--output-dir mine", ["cannot", "mine"],
+         prepare=lambda tmp: (tmp / "mine").symlink_to(tmp / "gone")),
     Case("output in use", "--output-dir mine", ["mine", "not empty", "--overwrite"],
          prepare=full_directory("args.json")),
     Case("resume what is not ours", "--output-dir mine --resume",
@@ -421,7 +428,7 @@ def test_odd_but_valid(odd: Callable, processes: dict):
         assert not torch.equal(trained[name], weight.float()), name
     results = json.loads((tmp / "named" / "results.json").read_text())
     if odd is every_json_form:
-        assert "8 examples" in done.stdout and "1 of 9 answers left out" in done.stdout
+        assert "8 examples" in done.stdout and "1 of 9 conversations left out" in done.stdout
         assert "not used, by rows: {'id': 1}\n" in done.stdout
         assert "\n2 of 11 prompts left out: they do not fit into --max-length 100\n" in done.stdout
         assert done.stdout.count("prompts left out") == 1 and "1 responses cut" in done.stdout
@@ -465,8 +472,11 @@ def test_run_directories_are_numbered_or_replaced(tmp_path: Path):
     assert arguments[0] == arguments[1] and arguments[0]["temperature"] == 1.0
     assert load_file(first / "final" / "model.safetensors").keys()
     (first / "stale").touch()
+    shutil.move(first / "checkpoints", tmp_path / "elsewhere")
+    (first / "checkpoints").symlink_to(tmp_path / "elsewhere")
     before = content(second)
     code, _, err = launch(tmp_path, f"--eval-steps 0 --overwrite --output-dir {first}")
     assert code == 0, err
     assert (first / "results.json").exists() and not (first / "stale").exists()
+    assert list((tmp_path / "elsewhere").iterdir())
     assert content(second) == before

@@ -19,6 +19,11 @@ CASES = [
     ("exact", "a b .", "a b", False),
     ("exact", "<think>\nb? no\n</think>\n\na b", "a b", True),
     ("exact", "", "a", False),
+    ("exact", "<think>\nhm", "<think>\nno end", False),
+    ("exact", "[THINK]hm[/THINK]four", "four", True),
+    ("exact", "<seed:think>hm</seed:think>\nfour", "four", True),
+    ("exact", "<|channel>thought\nhm\n<channel|>four", "four", True),
+    ("exact", "<seed:think>four", "<seed:think>four", False),
     ("number", "So 3 + 4 = 7.", "7", True),
     ("number", "The total is $1,250.50", "#### 1250.5", True),
     ("number", "−3", "-3.0", True),
@@ -123,21 +128,27 @@ def test_a_query_after_reasoning():
         ("regex:", "--grader is regex:, not exact"),
         ("regex:(", "--grader regex:(: missing ), unterminated subpattern"),
         ("number", "eval.jsonl:2: --grader number finds nothing in 'none'"),
-        ("gone.py:right", "--grader gone.py:right is no FILE.py:FUNCTION: [Errno 2] No such file"),
-        ("own.py", "--grader own.py is no FILE.py:FUNCTION"),
-        ("own.py:wrong_name", "wrong_name is no FILE.py:FUNCTION: module 'grader_own' has no"),
+        ("gone.py:right", "--grader gone.py:right cannot be loaded: [Errno 2] No such file"),
+        ("own.py", "--grader own.py cannot be loaded"),
+        ("own.py:wrong_name", "wrong_name cannot be loaded: module 'grader_own' has no"),
         (
             "own.py:fails",
             "--grader own.py:fails fails on a reference: eval.jsonl:1: KeyError: 'no'",
         ),
         ("own.py:one", "--grader own.py:one fails on a reference: eval.jsonl:1: TypeError"),
+        ("own.py:share", "eval.jsonl:1: TypeError: it returned 0.5, not True or False"),
+        ("own.py:none", "eval.jsonl:1: TypeError: it returned None, not True or False"),
     ],
 )
 def test_a_wrong_grader_is_refused_before_anything_is_loaded(
     tmp_path, monkeypatch, grader, message
 ):
     monkeypatch.chdir(tmp_path)
-    Path("own.py").write_text("def fails(text, row):\n    return row['no']\n\ndef one(text): ...\n")
+    Path("neighbour.py").write_text("share = lambda text, row: 0.5\n")
+    Path("own.py").write_text(
+        "from neighbour import share\n\ndef fails(text, row):\n    return row['no']\n\n"
+        "def one(text): ...\n\ndef none(text, row): ...\n"
+    )
     rows = [{"prompt": "a", "references": ["1"]}, {"prompt": "b", "references": ["none"]}]
     write_rows(Path("eval.jsonl"), rows)
     args = common.CommonArguments(

@@ -107,6 +107,24 @@ def test_processes_that_do_not_find_each_other(tmp_path: Path, tmp_path_factory,
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_hosts_without_a_shared_disk(tmp_path: Path):
+    """Each process has directories of its own: said before the teacher writes."""
+    flags = pair(tmp_path) | {"completions": "teacher", "cache_dir": "cache", "output_dir": "run"}
+    outputs, store = (
+        [tmp_path / "0.txt", tmp_path / "1.txt"],
+        ForkedRanks(0, "", [], ROOT, tmp_path),
+    )
+    processes = []
+    for rank, output in zip("01", outputs, strict=True):
+        (tmp_path / rank).mkdir()
+        environment = store.environment | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        given = ["token_level.py", as_flags(flags), tmp_path / rank, output]
+        processes.append(ForkedScript(*given, **environment))
+    assert processes[1].wait() == 2
+    processes[0].kill()
+    assert "error: all processes must see one --cache-dir; one lacks" in outputs[1].read_text()
+
+
 def test_two_runs_never_share_a_directory(tmp_path: Path, monkeypatch):
     """Runs that start while another one trains end at once, and change nothing there."""
     flags = pair(tmp_path)

@@ -134,6 +134,7 @@ PUBLIC = {
     "Nemotron": ({"input": [USER], "output": "a", "system_prompt": "s"}, "system s|user q", set()),
     "a result beside an answer": (
         {"question": "q", "response": "a", "answer": "204"}, "user q", {"answer"}),
+    "a list of results": ({"problem": "q", "solution": "a", "answer": ["204"]}, "user q", set()),
     "SQuAD": ({"question": "q", "context": "c", "answer": "a", "answers": {"text": ["a"]}},
               "user q\n\nc", {"answers"}),
 }  # fmt: skip
@@ -147,7 +148,7 @@ def test_rows_of_public_data_sets(name: str, tmp_path: Path, capsys, models):
     (text, targets), *_ = learned(models["plain"], rows)
     assert text == chatml(*prompt.split("|"), "assistant a")
     assert targets.endswith("a<|im_end|>")
-    assert rows[0].references == ["204" if name == "MATH-500" else "a"]
+    assert rows[0].references == ["204" if name in ("MATH-500", "a list of results") else "a"]
     line = next((x for x in capsys.readouterr().out.splitlines() if "columns" in x), "{}")
     assert json.loads(line[line.index("{") :].replace("'", '"')) == dict.fromkeys(unused, 1)
 
@@ -319,6 +320,12 @@ def test_fields_that_are_not_printed(tmp_path: Path, capsys, models):
     common.tokenize_prompts(load(tmp_path, {"messages": said}), Pair(*[models["plain"]] * 2), 999)
     with pytest.raises(UsageError, match=r"rows.jsonl:1: .*does not print the content of turn 3"):
         common.tokenize_prompts(load(tmp_path, {"messages": said}), Pair(deaf, deaf), 999)
+    of_parts = CHATML.replace(
+        "{{ m.content }}", "{{ m.content[0].text }}{{ 1 // m.content|length }}"
+    )
+    deaf = language_model(llama(t := byte_tokenizer(of_parts)), t, "deaf")  # it refuses no content
+    with pytest.raises(UsageError, match=r"does not print the content of turn 1"):
+        common.tokenize_prompts(load(tmp_path, {"prompt": "qq"}), Pair(deaf, deaf), 999)
     capsys.readouterr()
     named = {"messages": [USER | {"name": "Ann", "id": 7, "toxic": None}, ANSWER], "tools": [TOOL]}
     assert learned(models["plain"], load(tmp_path, named, named))[0][1] == "a<|im_end|>"
@@ -348,12 +355,66 @@ def test_empty_answers_are_left_out(tmp_path: Path, capsys, models):
     answers = [{"content": " ", "id": 7}, {"content": "", "tool_calls": [CALL]}, {"content": "a"}]
     rows = load(tmp_path, *({"messages": [USER, {"role": "assistant"} | a]} for a in answers))
     assert [t for _, t in learned(models["tools"], rows)] == [f"{CALLED}<|im_end|>", "a<|im_end|>"]
-    assert "1 of 3 answers left out: they are empty" in capsys.readouterr().out
+    assert "1 of 3 conversations left out: an assistant turn is empty" in capsys.readouterr().out
     args = sequence_level.Arguments(completions="dataset")
     pair = Pair(models["tools"], None)
     prompts = common.tokenize_prompts(rows[:1], pair, 900)
     with pytest.raises(UsageError, match="no answer is left"):
         common.make_examples(prompts, pair, args)
+
+
+def test_an_earlier_empty_answer_is_not_learned(tmp_path: Path, capsys, models):
+    empty = {"role": "assistant", "content": " ", "tool_calls": []}
+    rows = load(tmp_path, {"messages": [USER, empty, USER, ANSWER]}, {"messages": [USER, ANSWER]})
+    assert [t for _, t in learned(models["plain"], rows)] == ["a<|im_end|>"]
+    assert "1 of 2 conversations left out: an assistant turn is empty" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", " \n", "<think>\nwithout end"])
+def test_no_answer_is_no_reference(text: str, tmp_path: Path):
+    """Else every answer would be wrong, or every one without end right."""
+    rows = load(
+        tmp_path, {"prompt": "q", "output": text}, {"prompt": "q", "references": [text, "b"]}
+    )
+    assert [row.references for row in rows] == [[], ["b"]]
+    row = {"prompt": "q", "output": "a", "reference": ""}
+    assert load(tmp_path, row)[0].references == ["a"]
+
+
+@pytest.mark.parametrize("mark", ["weight", "train", "loss", "label"])
+def test_unwanted_answers_are_not_learned(mark: str, tmp_path: Path):
+    """OpenAI's, axolotl's and AgentInstruct's marks of a turn; KTO's of a row, whose answer is no
+    reference either."""
+    answer = ANSWER if mark == "label" else ANSWER | {mark: False}
+    row = {"prompt": [USER], "completion": [answer]} | ({"label": False} if mark == "label" else {})
+    path = write_rows(tmp_path / "rows.jsonl", [row])
+    assert common.load_conversations(path)[0].references == ([] if mark == "label" else ["a"])
+    with pytest.raises(UsageError, match=r"rows.jsonl:1: all assistant turns are learned"):
+        common.load_data(sequence_level.Arguments(dataset=path, completions="dataset"))
+    assert load(tmp_path, {"prompt": "q", "completion": "a", "label": 0})[0].references == ["a"]
+
+
+def test_reasoning_in_a_column(tmp_path: Path, models):
+    row = {"prompt": "q", "reasoning_content": "hm", "response": "a"}
+    ((_, targets),) = learned(models["reasoning"], load(tmp_path, row))
+    assert targets == "<think>hm</think>a<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Which?", "options": ["Paris", "Rome"], "answer": "B"},
+        {"question": "Which?", "choices": {"text": ["Paris", "Rome"]}, "answer": "(B)"},
+        {"question": "Which?", "A": "Paris", "B": "Rome", "answer": "B"},
+    ],
+    ids=str,
+)
+def test_a_letter_without_its_choices(row: dict, tmp_path: Path):
+    """It would be learned for a question that nobody can answer."""
+    with pytest.raises(UsageError, match="a choice that the prompt does not hold"):
+        load(tmp_path, row)
+    whole = load(tmp_path, row | {"question": "Which? (A) Paris (B) Rome"})
+    assert whole[0].references == [row["answer"]]
 
 
 @pytest.mark.parametrize("text", ["[]", json.dumps([USER, ANSWER]), "[" * 999, "[1]", "7", "{}"])

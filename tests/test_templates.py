@@ -159,6 +159,11 @@ def test_the_end_is_known_whatever_the_template_makes_of_an_answer():
     """In capitals, trimmed, or ended by an added token that is not special."""
     loud = CHATML.replace("{{ m.content }}", "{{ m.content | upper }}")
     assert common.end_of_turn_ids(byte_tokenizer(loud)) == [1]
+    parts = byte_tokenizer(  # the first closes a part of the answer
+        CHATML.replace("{{ m.content }}", "<|part|>{{ m.content }}<|part|>answer")
+    )
+    parts.add_special_tokens({"additional_special_tokens": ["<|part|>"]})
+    assert common.end_of_turn_ids(parts) == [1]
     plain = byte_tokenizer(CHATML.replace("<|im_end|>", "[over]"))
     plain.add_tokens(["[over]"])
     assert common.end_of_turn_ids(plain) == [plain.convert_tokens_to_ids("[over]"), 1]
@@ -367,6 +372,29 @@ def test_reasoning_in_a_field_after_a_cue_that_opens_it():
     assert learned(model, examples_of(talk, model).student) == "hm\n</think>\n\nfour<|im_end|>"
 
 
+@pytest.mark.parametrize("block", ["<think>\n\n</think>\n\n", "<think></think>", ""])
+@pytest.mark.parametrize("source", ["rows", "api"])
+def test_an_answer_after_a_cue_that_has_closed_reasoning(block: str, source: str):
+    """An empty block is not written twice, and one with reasoning is refused."""
+    model = model_of(byte_tokenizer(SWITCH))
+
+    def example_of(text: str) -> common.Example:
+        talk = row("ask", text, enable_thinking=False)
+        if source == "rows":
+            return examples_of(talk, model)
+        pair = Pair(model, None)
+        prompts = common.tokenize_prompts([talk], pair, 900)
+        answers = [Completion(text, True, 9, None)]
+        return common.completion_examples(prompts, answers, pair, 900)[0]
+
+    example = example_of(f"{block}four")
+    assert learned(model, example.student) == "four<|im_end|>"
+    ends = "<|im_start|>assistant\n<think>\n\n</think>\n\nfour<|im_end|>"
+    assert read(model, example.student).rstrip("\n").endswith(ends)
+    with pytest.raises(common.UsageError, match=r"rows.jsonl:1: the answer reasons"):
+        example_of(REASONED)
+
+
 def test_every_example_begins_with_its_prompt():
     """Where a token spans their boundary too: earlier answers and calls are learned as well."""
     tokenizer = byte_tokenizer(CHATML.replace("<|im_end|>", "{{ m.tool_calls }}<|im_end|>"))
@@ -470,6 +498,22 @@ def test_what_a_cue_gives_is_carried_across(teacher: str, student: str, source: 
     if source != "api":
         assert REASONED in read(theirs, example.teacher)
         assert learned(theirs, example.teacher).startswith(target[:3])
+
+
+def test_templates_that_print_an_answer_differently(tokenizer):
+    """Two vocabularies are compared by text: both read what a model would write of the answer. What
+    only one prints before it stays."""
+    other = AutoTokenizer.from_pretrained(common.DATA / "teacher")
+    printed = QWEN3.replace("</think>\n\n", "</think>\n")
+    other.chat_template = printed.replace("<|im_end|>", "<|end|>")
+    ours, theirs = model_of(byte_tokenizer(QWEN3)), model_of(other)
+    example = examples_of(row("ask", REASONED), ours, theirs)
+    assert learned(ours, example.student) == REASONED + "<|im_end|>"
+    assert learned(theirs, example.teacher).startswith(REASONED)
+    plain = model_of(byte_tokenizer(CHATML))
+    example = examples_of(row("ask", "four"), plain, theirs)
+    assert learned(plain, example.student) == "four<|im_end|>"
+    assert learned(theirs, example.teacher).startswith("<think>\n\n</think>\nfour")
 
 
 def test_tags_in_brackets():
