@@ -34,7 +34,6 @@ import gc
 import gzip
 import hashlib
 import importlib.metadata
-import importlib.util
 import io
 import itertools
 import json
@@ -55,7 +54,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -133,9 +132,7 @@ def usage_error(prefix: str, *kinds: type[Exception], about: str = "") -> Iterat
         raise UsageError(f"{prefix}: {text[:300]}") from None
 
 
-LOADING_ERRORS = (
-    OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError
-)  # fmt: skip
+LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 # ------------------------------------------------------------------------------------ arguments
 
@@ -147,7 +144,7 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
 
 
 @dataclass
-class CommonArguments:
+class Flags:
     """The flags that mean the same thing in every script."""
 
     two_tokenizers: ClassVar[bool] = False  # whether a server has the tokenizer of --teacher
@@ -157,9 +154,7 @@ class CommonArguments:
     revision: str = flag("main", "the student's revision, for a hub id")
     teacher_revision: str = flag("main", "the teacher's revision, for a hub id")
     chat_template: str | None = flag(None, "a Jinja file that both models use as chat template")
-    template_kwargs: str = flag(
-        "{}", """for the chat template, e.g. '{"enable_thinking": false}'"""
-    )
+    template_kwargs: str = flag("{}", """for chat templates, e.g. '{"enable_thinking": false}'""")
 
     dataset: str = flag(str(DATA / "train.jsonl"), "training prompts: a file, directory or hub id")
     dataset_config: str | None = flag(None, "configuration of a hub data set")
@@ -184,7 +179,7 @@ class CommonArguments:
     top_p: float = flag(1.0, "sample the teacher's text from this nucleus (1: whole vocabulary)")
     generation_batch_size: int = flag(256, "responses generated at a time")
 
-    epochs: float = flag(3.0, "passes over the training prompts")
+    epochs: float = flag(3.0, "passes over the training examples")
     max_steps: int = flag(-1, "optimizer steps; overrides --epochs")
     batch_size: int = flag(64, "examples in an optimizer step, over all processes")
     micro_batch_size: int = flag(16, "examples per process in one backward pass (0: all)")
@@ -240,9 +235,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults, and a script's docstring as it is written."""
 
 
-def parse_arguments(
-    kind: type[CommonArguments], description: str, argv: Sequence[str] | None = None
-) -> Any:
+def parse_arguments(kind: type[Flags], description: str, argv: Sequence[str] | None = None) -> Any:
     """Command line to a validated dataclass. Exits with code 2 on an unknown or invalid flag."""
     parser = HfArgumentParser(
         kind, description=description, allow_abbrev=False, exit_on_error=False,
@@ -260,8 +253,8 @@ def parse_arguments(
     return args
 
 
-def check_arguments(args: CommonArguments) -> None:
-    """Refuse values that no run could use. A script checks the ranges of its own flags itself."""
+def check_arguments(args: Flags) -> None:
+    """Refuse values that no run could use. A script checks the rest of its own flags."""
     positive = {"temperature", "batch_size", "learning_rate", "max_grad_norm", "max_length",
                 "max_new_tokens", "generation_batch_size", "logging_steps", "api_top_logprobs",
                 "api_concurrency", "api_timeout"}  # fmt: skip
@@ -329,24 +322,20 @@ def check_arguments(args: CommonArguments) -> None:
             raise UsageError(message)
 
 
-def launch(main: Callable[[Any], None], kind: type[CommonArguments], description: str) -> None:
+def launch(main: Callable[[Any], None], kind: type[Flags], description: str) -> None:
     """Entry point of a script: parse and run; errors of the user or the disk are one sentence."""
     args = parse_arguments(kind, description)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where it does not take UTF-8
-    lost = (RuntimeError,) if os.environ.get("WORLD_SIZE", "1") != "1" else ()  # if others die
     try:
         with (
             usage_error("cannot read or write (--output-dir, --cache-dir)", OSError),
             usage_error("the reader of the output has gone", BrokenPipeError),
-            usage_error(
-                "out of memory, which --micro-batch-size, --generation-batch-size, "
-                "--gradient-checkpointing or --lora-rank can lower",
-                RuntimeError,
-                about="out of memory",
-            ),  # fmt: skip
-            usage_error("another process of this run has ended", *lost, about="by peer"),
-        ):
+            usage_error("out of memory, which --micro-batch-size, --generation-batch-size, "
+                        "--gradient-checkpointing or --lora-rank can lower",
+                        RuntimeError, about="out of memory"),
+            usage_error("another process of this run has ended", RuntimeError, about="by peer"),
+        ):  # fmt: skip
             plan(Path(sys.argv[0]).stem, args) if args.plan else main(args)
     except UsageError as problem:
         sys.stderr.write(f"error: {problem}\n")  # at once: every process may have it
@@ -374,10 +363,9 @@ def as_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def changed_flags(args: CommonArguments) -> dict[str, Any]:
+def changed_flags(args: Flags) -> dict[str, Any]:
     """The arguments that differ from their defaults."""
-    defaults = {f.name: f.default for f in dataclasses.fields(args)}
-    return {name: value for name, value in vars(args).items() if value != defaults[name]}
+    return {name: v for name, v in vars(args).items() if v != getattr(type(args), name)}
 
 
 # -------------------------------------------------------------------------------- conversations
@@ -435,8 +423,7 @@ def load_conversations(
         with usage_error(place, ValueError, RecursionError):
             conversations.append(_as_conversation(record, place, unused))
             # Refuses half of a surrogate pair, which JSON can spell and no tokenizer can encode.
-            fields = vars(conversations[-1]) | {"columns": None}
-            json.dumps(fields, ensure_ascii=False).encode()
+            json.dumps(vars(conversations[-1]) | {"columns": None}, ensure_ascii=False).encode()
     if not conversations:
         raise UsageError(f"{source} holds no rows")
     if unused:
@@ -656,7 +643,7 @@ def _parsed(value: Any, kind: type, rule: str) -> Any:
 _as_text = functools.partial(_parsed, kind=str, rule="text must be a string")
 
 
-def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversation]]:
+def load_data(args: Flags) -> tuple[list[Conversation], list[Conversation]]:
     """Training and evaluation conversations; rows that are held out here are not trained on."""
     rows = load_conversations(args.dataset, args.dataset_config, args.dataset_split, args.max_rows)
     for c in rows if args.completions == "dataset" else ():
@@ -677,18 +664,19 @@ def load_data(args: CommonArguments) -> tuple[list[Conversation], list[Conversat
         if both := {c.prompt_key() for c in rows} & {c.prompt_key() for c in held_out}:
             PartialState().print(f"{len(both)} prompts of {eval_dataset} are in {args.dataset} too")
     else:
-        size = args.eval_size or min(1000, math.ceil(len(rows) / 10))
-        sizes = Counter(c.prompt_key() for c in rows)  # equal prompts stay together
+        left = size = args.eval_size or min(1000, math.ceil(len(rows) / 10))
+        sizes, chosen = Counter(c.prompt_key() for c in rows), set()  # equal prompts stay together
         prompts = list(sizes)
-        order = torch.randperm(len(prompts), generator=generator_for(args.seed, "held out"))
-        before = itertools.accumulate((sizes[prompts[i]] for i in order), initial=0)
-        chosen = {prompts[i] for i, n in zip(order, before, strict=False) if n < size}
+        for i in torch.randperm(len(prompts), generator=generator_for(args.seed, "held out")):
+            if sizes[prompts[i]] <= left:
+                left -= sizes[prompts[i]]
+                chosen.add(prompts[i])
+        chosen = chosen or {min(prompts, key=sizes.get)}  # the one of the fewest rows
         held_out = [c for c in rows if c.prompt_key() in chosen]
         rows = [c for c in rows if c.prompt_key() not in chosen]
         if not rows:
-            raise UsageError(
-                f"--eval-size {size} holds out all {len(held_out)} rows of {args.dataset}"
-            )
+            what = f"all {len(held_out)} rows of {args.dataset}"
+            raise UsageError(f"--eval-size {size} holds out {what}")
     for conversation in itertools.chain(rows, held_out):
         conversation.options = json.loads(args.template_kwargs) | conversation.options
     check_grader(args.grader, held_out)
@@ -725,7 +713,6 @@ def generator_for(seed: int, purpose: str, index: int = 0) -> torch.Generator:
 
 # -------------------------------------------------------------------------------------- grading
 
-Grader = Callable[[str, dict[str, Any]], bool]  # of an answer and its row: whether it is right
 GRADER_SECONDS = 10.0  # for one call of a user's function
 
 
@@ -780,14 +767,13 @@ def _last_match(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 READERS: dict[str, Callable[[str], Any]] = {
-    "exact": lambda text: text.split() or None,
-    "number": _last_number, "choice": _chosen_letter, "json": _json_value,
+    "exact": str.split, "number": _last_number, "choice": _chosen_letter, "json": _json_value,
 }  # fmt: skip
 
 
 @functools.cache
-def load_grader(name: str) -> Grader:
-    """The rule that --grader names; `UsageError` if there is none.
+def load_grader(name: str) -> Callable[[str, dict[str, Any]], bool]:
+    """The rule that --grader names, of an answer and its row; `UsageError` if there is none.
 
     A built-in rule reads a value from the answer, and the answer is right if a reference has an
     equal one. A function FILE.py:FUNCTION gets the whole text and the row: its messages, response,
@@ -803,6 +789,8 @@ def load_grader(name: str) -> Grader:
         raise UsageError(f"--grader is {name}, not {names}, regex:PATTERN or FILE.py:FUNCTION")
 
     def grade(text: str, row: dict[str, Any]) -> bool:
+        if text.strip() and not final_text(text).strip():
+            return False  # reasoning alone is no answer
         value = read(final_text(text))
         return value is not None and value in [read(final_text(r)) for r in row["references"]]
 
@@ -820,8 +808,8 @@ class FunctionGrader:
         path, _, attribute = name.rpartition(":")
         sys.path.append(str(Path(path).absolute().parent))  # it may import its neighbours
         with usage_error(f"--grader {name} cannot be loaded", Exception):
-            spec = importlib.util.spec_from_file_location(f"grader_{Path(path).stem}", path)
-            sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+            spec = spec_from_file_location(f"grader_{Path(path).stem}", path)
+            sys.modules[spec.name] = module = module_from_spec(spec)
             spec.loader.exec_module(module)
             self.function = getattr(module, attribute)
         self.name, self.failures = name, list[str]()
@@ -884,7 +872,7 @@ class Head(NamedTuple):
             return self._replace(weight=weight.to(wide))
         if weight.dtype == dtype and not missing:
             return self
-        source, key = weight if weight._base is None else weight._base, (weight._version, dtype)
+        key, source = (weight._version, dtype), (weight if weight._base is None else weight._base)
         if _casts.get(source, [None])[0] != key:
             _casts[source] = key, F.pad(weight.detach().to(dtype), (0, 0, 0, missing))
         return self._replace(weight=_casts[source][1], padding=missing)
@@ -936,7 +924,8 @@ class Logits:
 
 def chunks(tokens: int, width: int, device: torch.device) -> list[slice]:
     """Slices of the rows of a (tokens, width) array: of 2²³ elements on a CPU (115 MB in the loss),
-    of an 80th of the memory on CUDA, because each reads and writes the head's whole gradient."""
+    of an 80th of the memory on CUDA (268 MB at least), because each reads and writes the head's
+    whole gradient."""
     elements = 2**23 if device.type == "cpu" else 2**26
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -1041,9 +1030,9 @@ class LanguageModel:
         The final norm gives float32 states under autocast. On a GPU, float32 products with the head
         would dominate a step; those in `compute_dtype` are summed in float32.
         """
-        hidden, exact = self.hidden_states(batch), torch.float32 if self.exact_head else None
-        hidden = hidden.to(exact or self.compute_dtype) if hidden.is_cuda else hidden
-        return Logits(hidden, self.head())
+        hidden = self.hidden_states(batch)
+        dtype = torch.float32 if self.exact_head else self.compute_dtype
+        return Logits(hidden.to(dtype) if hidden.is_cuda else hidden, self.head())
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -1060,10 +1049,10 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def inference_copy(self, dtype: torch.dtype | None = None) -> Iterator[None]:
-        """`model` and `adapters` with all weights in this process, in `dtype` or their own.
+        """Until the context ends, use whole copies of `model` and `adapters` in `dtype`.
 
-        Otherwise they are copies that exist, and take as much memory, until the context ends. If
-        the model is sharded, all processes must enter together.
+        The originals are used if they are whole and have this dtype (None: any) already. All
+        processes must enter together if the model is sharded.
         """
         trained, empty = (self.model, self.adapters), self.copies
         if empty == trained or (empty is None and dtype in (None, self.model.dtype)):
@@ -1079,17 +1068,14 @@ class LanguageModel:
                 parameter.data = parameter.new_empty(0)
             (self.model, self.adapters), self.copies = trained, empty
 
-    def complete(
-        self, prompts: Sequence[Prompt], args: CommonArguments, **sampling: Any
-    ) -> list[Completion]:
+    def complete(self, prompts: Sequence[Prompt], args: Flags, **sampling: Any) -> list[Completion]:
         """Answers to the prompts, from the cache if they are there: see `cached_completions`."""
 
         def write(missing: dict[str, int], record: Callable[[str, Completion], None]) -> None:
             ids = [prompts[i].teacher for i in missing.values()]
             keys, seeds = list(missing), [row_seed(args.seed, key) for key in missing]
-            nucleus = sampling.get("top_p", 1.0)
-            written = generate(self, ids, seeds, args, sampling["temperature"], nucleus)
-            for place, completion in written:
+            shape = sampling["temperature"], sampling.get("top_p", 1.0)
+            for place, completion in generate(self, ids, seeds, args, *shape):
                 record(keys[place], completion)
 
         identity = [self.digest, str(self.compute_dtype), self.end_ids]
@@ -1101,7 +1087,7 @@ class Pair(NamedTuple):
     """Student and teacher, each with its own tokenizer and chat template."""
 
     student: LanguageModel
-    teacher: Any  # a LanguageModel or a Server
+    teacher: Any  # a LanguageModel, a Server or, if it is not asked, None
 
     @property
     def has_weights(self) -> bool:
@@ -1162,8 +1148,8 @@ def end_of_turn_ids(tokenizer: Tokenizer, *configs: Any, **options: Any) -> list
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": word}]
         texts.append(render(tokenizer, turns, **options)[::-1])
     pairs = enumerate(zip(*texts, strict=False))
-    common = next((n for n, (a, b) in pairs if a != b), 0)
-    after, added = texts[0][:common][::-1], tokenizer.added_tokens_decoder
+    shared = next((n for n, (a, b) in pairs if a != b), 0)
+    after, added = texts[0][:shared][::-1], tokenizer.added_tokens_decoder
     ids = tokenize(tokenizer, after)[0]
     words = [n for n, i in enumerate(ids) if i not in added and tokenizer.decode(i).strip()]
     closing = ids[words[-1] + 1 :] if words else ids  # what follows may close a part of the answer
@@ -1176,7 +1162,7 @@ def end_of_turn_ids(tokenizer: Tokenizer, *configs: Any, **options: Any) -> list
 
 def load_tokenizer(name: str, revision: str, template_file: str | None) -> Tokenizer:
     """A fast tokenizer with its own chat template, or with the one in `template_file`."""
-    with usage_error(f"no usable tokenizer in {name}", *LOADING_ERRORS):
+    with usage_error(f"no usable tokenizer in {name}", *LOAD_ERRORS):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         if template_file:
             tokenizer.chat_template = _read_text(template_file)
@@ -1188,7 +1174,7 @@ def load_tokenizer(name: str, revision: str, template_file: str | None) -> Token
 
 
 def open_model(
-    args: CommonArguments, device: torch.device, role: str, template: str | None = None
+    args: Flags, device: torch.device, role: str, template: str | None = None
 ) -> LanguageModel:
     """The model of `role`, "student" or "teacher", without loading its weights.
 
@@ -1204,7 +1190,7 @@ def open_model(
     if not tokenizer.chat_template:
         raise UsageError(f"{name} has no chat template; give one with --chat-template FILE")
     generation_config = None
-    with usage_error(f"cannot load the model {name}", *LOADING_ERRORS):
+    with usage_error(f"cannot load the model {name}", *LOAD_ERRORS):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         digest = digest_of_model(name, revision)
         with contextlib.suppress(OSError):  # most models have this file, none needs it
@@ -1226,30 +1212,22 @@ def open_model(
     model.directory = directory_of_model(name, revision)
     model.opens = opened_tag(tokenizer, **options)
     if model.max_positions and args.max_length > model.max_positions:
-        raise UsageError(
-            f"--max-length {args.max_length}: {name} reads at most {model.max_positions} tokens"
-        )
+        what = f"--max-length {args.max_length}"
+        raise UsageError(f"{what}: {name} reads at most {model.max_positions} tokens")
     return model
 
 
-def load_weights(
-    model: LanguageModel, args: CommonArguments, revision: str, dtype: str
-) -> PreTrainedModel:
+def load_weights(model: LanguageModel, args: Flags, revision: str, dtype: str) -> PreTrainedModel:
     """The weights on the model's device, in eval mode; refuses missing ones and unknown heads."""
     mixed = model.compute_dtype != getattr(torch, dtype)
-    with usage_error(f"cannot load the model {model.name}", *LOADING_ERRORS):
+    with usage_error(f"cannot load the model {model.name}", *LOAD_ERRORS):
         weights, report = AutoModelForCausalLM.from_pretrained(
-            model.name,
-            revision=revision,
-            dtype=dtype,
-            attn_implementation=args.attn_implementation,
+            model.name, revision=revision, dtype=dtype, use_safetensors=True,
+            trust_remote_code=False, attn_implementation=args.attn_implementation,
             experts_implementation="eager" if mixed else None,  # autocast leaves others in float32
-            device_map="auto" if model.spread else None,
-            use_safetensors=True,
-            trust_remote_code=False,
+            device_map="auto" if model.spread else None, output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported, and refused below by name
-            output_loading_info=True,
-        )
+        )  # fmt: skip
     if missing := [*sorted(report["missing_keys"]), *(k for k, *_ in report["mismatched_keys"])]:
         raise UsageError(
             f"{model.name} lacks {len(missing)} tensors of the shape that its config.json asks for "
@@ -1328,9 +1306,7 @@ def cache_is_exact(model: LanguageModel) -> bool:
     return worst <= (0.3 if model.compute_dtype.itemsize == 2 else 1e-2)
 
 
-def load_student(
-    args: CommonArguments, device: torch.device, template: str | None = None
-) -> LanguageModel:
+def load_student(args: Flags, device: torch.device, template: str | None = None) -> LanguageModel:
     """The student with float32 weights, prepared for LoRA or checkpointing if asked."""
     student = open_model(args, device, "student", template)
     _ = student.model  # loaded now, so that wrong weights are an early error
@@ -1347,16 +1323,6 @@ def load_student(
     return student
 
 
-def prepare_student(student: LanguageModel, args: CommonArguments) -> None:
-    """Add adapters or checkpointing if asked."""
-    if args.lora_rank:
-        add_adapters(student, args.lora_rank)
-    if args.gradient_checkpointing:
-        if not student.model.supports_gradient_checkpointing:
-            raise UsageError(f"--gradient-checkpointing: {student.name} does not support it")
-        student.model.activation_checkpointing_enable()
-
-
 def compile_layers(student: LanguageModel) -> None:
     """Compile what the layers do in training; all layers of a kind share their code."""
     with usage_error("--compile", ValueError):
@@ -1365,6 +1331,16 @@ def compile_layers(student: LanguageModel) -> None:
             raise ValueError(problem)
     for layer in layers:
         layer.compile(dynamic=True)
+
+
+def prepare_student(student: LanguageModel, args: Flags) -> None:
+    """Add adapters or checkpointing if asked."""
+    if args.lora_rank:
+        add_adapters(student, args.lora_rank)
+    if args.gradient_checkpointing:
+        if not student.model.supports_gradient_checkpointing:
+            raise UsageError(f"--gradient-checkpointing: {student.name} does not support it")
+        student.model.activation_checkpointing_enable()
 
 
 def add_adapters(student: LanguageModel, rank: int) -> None:
@@ -1391,9 +1367,9 @@ def add_adapters(student: LanguageModel, rank: int) -> None:
 
 
 def freeze_unreached(student: LanguageModel) -> None:
-    """Freeze weights that text gives no gradient (a vision tower): DDP would wait for it.
+    """Freeze weights that text gives no gradient (a vision tower): DDP would wait for gradients.
 
-    Experts without a token are reached: they are slices of one parameter and get zeros.
+    Experts without a token are not frozen: they are slices of one parameter and get zeros.
     """
     trained = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
     logits = student.logits(collate([Tokens([1, 2, 3, 4], [2, 3])], student.device))[:]
@@ -1406,7 +1382,7 @@ def freeze_unreached(student: LanguageModel) -> None:
         PartialState().print(f"frozen, as text does not reach them: {what}")
 
 
-def load_pair(args: CommonArguments, device: torch.device) -> Pair:
+def load_pair(args: Flags, device: torch.device) -> Pair:
     """Student and teacher; the teacher's weights are loaded only if its head is not cached, and a
     teacher on a server is asked only for what is not cached."""
     if args.api_base_url:
@@ -1565,7 +1541,7 @@ class Completion(NamedTuple):
     text: str  # without its end-of-turn token
     finished: bool | None  # False: cut by the length limit; None: no answer, `text` says why
     length: int  # in tokens, the end-of-turn token included
-    ids: list[int] | None  # None from an API, which gives only text
+    ids: list[int] | None  # None from a data set, and from an API that gives only text
 
 
 @dataclass(frozen=True)
@@ -1597,7 +1573,7 @@ class Batch(NamedTuple):
     targets: Tensor  # (N,)
 
 
-# Put into the names of control tokens in messages, so that they stay text. No text contains it.
+# In messages: inside a name that must stay text. In `_text_tokenizer`: before a control token.
 _MARK = "\ufdd0"
 
 
@@ -1621,17 +1597,15 @@ def mark_control_tokens(tokenizer: Tokenizer, value: Any) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _text_tokenizer(tokenizer: Tokenizer) -> BackendTokenizer:
-    """A copy that knows control tokens only with a mark before their names."""
+    """A copy whose control tokens are spelled `_MARK` + name, so that a bare name is text."""
     state = tokenizer.backend_tokenizer.to_str()
     names = f'"({_control(tokenizer).pattern})"'
     return BackendTokenizer.from_str(re.sub(names, f'"{_MARK}\\1"', state))
 
 
-def render(
-    tokenizer: Tokenizer, messages: list[Message], *, prompt: bool = False, **options: Any
-) -> str:
+def render(tokenizer: Tokenizer, turns: list[Message], prompt: bool = False, **options: Any) -> str:
     """The conversation in the model's chat template; `prompt` adds the generation prompt."""
-    return _render(tokenizer, messages, add_generation_prompt=prompt, **options)[0]
+    return _render(tokenizer, turns, add_generation_prompt=prompt, **options)[0]
 
 
 def _render(tokenizer: Tokenizer, messages: list[Message], **options: Any) -> tuple[str, Spans]:
@@ -1670,7 +1644,7 @@ def share_tag(pair: Pair) -> None:
     """Where one model's generation prompt opens a tag, let the other's open it too, so that both
     read one answer.
 
-    Raises `UsageError` if the teacher does not know the tag.
+    Raises `UsageError` if the teacher does not know the tag, or the other opens another one.
     """
     for model, other in (pair, pair[::-1]):
         if not other.opens or model.opens.strip() == other.opens.strip():
@@ -1716,24 +1690,24 @@ def assistant_spans(
     templates rewrite earlier turns (they drop reasoning, for example), so that a prefix rendered
     alone is not a prefix of the whole. Then there is only the last turn's span, or none.
     """
-    template = tokenizer.get_chat_template(tools=options.get("tools"))
-    if re.search(r"{%-?\s*generation", template):
+    if re.search(r"{%-?\s*generation", tokenizer.get_chat_template(tools=options.get("tools"))):
         text, spans = _render(tokenizer, messages, return_assistant_tokens_mask=True, **options)
         asked = [render(tokenizer, messages[:-1], prompt=p, **options) for p in (True, False)]
         cue = asked[0].removeprefix(asked[1])  # some templates mark it too, or its end
-        parts = range(len(cue) + 1)
-        begins = [next((a + n for n in parts[::-1] if text.startswith(cue, a + n - len(cue))), a)
-                  for a, _ in spans]  # fmt: skip
-        spans = [(begin, b) for begin, (_, b) in zip(begins, spans, strict=True)]
-        earlier = [{"content": _reasoning(m)} for m in messages[:-1] if m["role"] == "assistant"]
+        cues = [text.rfind(cue, 0, a + len(cue)) for a, _ in spans]  # -1: the text has none
+        both = zip(spans, cues, strict=True)
+        spans = [(max(a, cue_at + len(cue) * (cue_at >= 0)), b) for (a, b), cue_at in both]
+        thoughts = [m.get("reasoning_content") or m["content"].rpartition("</think>")[0]
+                    for m in messages[:-1] if m["role"] == "assistant"]  # fmt: skip
         if spans:
             before = text[: spans[-1][0]]
-            return text, spans if all(_prints(before, turn) for turn in earlier) else spans[-1:]
+            whole = all(_prints(before, {"content": thought}) for thought in thoughts)
+            return text, spans if whole else spans[-1:]
     text, spans = render(tokenizer, messages, **options), []
     for i, message in enumerate(messages):
         # What the assistant says before the user does has no prompt that a template could render.
-        asked = i + 1 == len(messages) or any(m["role"] != "system" for m in messages[:i])
-        if message["role"] == "assistant" and asked:
+        has_prompt = i + 1 == len(messages) or any(m["role"] != "system" for m in messages[:i])
+        if message["role"] == "assistant" and has_prompt:
             before = render(tokenizer, messages[:i], prompt=True, **options)
             after = render(tokenizer, messages[: i + 1], **options)
             if not text.startswith(after):  # an end of text may follow the last turn alone
@@ -1746,7 +1720,7 @@ def assistant_spans(
 def tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], Spans]:
     """Ids and character offsets of rendered text, which contains its special tokens already.
 
-    The names that `mark_control_tokens` has marked are encoded as text, without their marks.
+    Marked names lose their mark and are text; others get one, as `_text_tokenizer` spells them.
     """
     if _MARK not in text:
         out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -1830,11 +1804,6 @@ def tokenize_conversation(
     return Tokens(model.checked(ids), [i for i in targets if i > 0])
 
 
-def _reasoning(message: Message) -> str:
-    """What an assistant's turn thinks, in its own field or in the content."""
-    return message.get("reasoning_content") or message["content"].rpartition("</think>")[0]
-
-
 def _prints(span: str, message: Message) -> bool:
     """Whether the rendered turn holds the message's text, but for white space and a tag at its
     beginning, which the prompt may hold."""
@@ -1848,7 +1817,7 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
     """Each conversation with the generation prompt, in both models' templates.
 
     Prompts of `limit` tokens or more, which leave no room for an answer, are left out and counted.
-    For an API teacher, which tokenises for itself, both fields hold the student's ids.
+    For an API that is given text, both fields hold the student's ids.
     """
 
     def read_by(model: LanguageModel) -> list[tuple[list[int], str]]:
@@ -1890,7 +1859,7 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
     return prompts
 
 
-def make_examples(prompts: list[Prompt], pair: Pair, args: CommonArguments) -> list[Example]:
+def make_examples(prompts: list[Prompt], pair: Pair, args: Flags) -> list[Example]:
     """The training examples, on the text that --completions names; says what was cut."""
     if args.completions == "teacher":
         completions = pair.teacher.complete(
@@ -1946,9 +1915,7 @@ def completion_examples(
     return examples
 
 
-def dataset_examples(
-    prompts: list[Prompt], pair: Pair, max_length: int
-) -> tuple[list[Example], int]:
+def dataset_examples(prompts: list[Prompt], pair: Pair, limit: int) -> tuple[list[Example], int]:
     """Examples on the data set's own responses, and how many of those were cut to fit.
 
     A response that the template does not print as it is follows the prompt as a completion does.
@@ -1978,8 +1945,8 @@ def dataset_examples(
                 sides = [example.student, example.teacher]
         begins = [sorted({*ts} - {t + 1 for t in ts}) for _, ts in sides]  # of each turn
         if not shared and len(begins[0]) != len(begins[1]):  # one template rewrites earlier turns
-            both = zip(sides, begins, strict=True)
-            sides = [Tokens(ids, [t for t in ts if t >= turns[-1]]) for (ids, ts), turns in both]
+            last = zip(sides, (turn_begins[-1] for turn_begins in begins), strict=True)
+            sides = [Tokens(ids, [t for t in ts if t >= begin]) for (ids, ts), begin in last]
         answers = [[side.ids[i] for i in side.targets] for side in sides]
         if shared and answers[0] != answers[1]:
             raise UsageError(
@@ -1988,7 +1955,7 @@ def dataset_examples(
             )
         earlier = any(turn["role"] == "assistant" for turn in conversation.messages)
         last_only += earlier and sides[0].targets[0] >= len(prompt.student)
-        ours, theirs = _cut(sides, max_length, shared)
+        ours, theirs = _cut(sides, limit, shared)
         cut += len(ours.targets) < len(answers[0])
         if ours.targets:
             examples.append(Example(i, prompt, response["content"], ours, theirs))
@@ -2038,10 +2005,8 @@ def _cut(sides: Sequence[Tokens], max_length: int, same_targets: bool) -> list[T
     as many as the longer prompt leaves room for."""
     counts = [sum(i < max_length for i in side.targets) for side in sides]
     counts = [min(counts)] * 2 if same_targets else counts
-    return [
-        Tokens(ids[:max_length], targets[:n])
-        for (ids, targets), n in zip(sides, counts, strict=True)
-    ]
+    both = zip(sides, counts, strict=True)
+    return [Tokens(side.ids[:max_length], side.targets[:n]) for side, n in both]
 
 
 def collate(examples: Sequence[Tokens], device: torch.device, pad_id: int = 0) -> Batch:
@@ -2063,15 +2028,15 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def my_share(items: Sequence[Item], alone: bool = False) -> Sequence[Item]:
-    """This process's items: every n-th of n processes, starting at its index. If the main process
-    works `alone`, it gets all of them."""
+    """The items of this process, dealt out in turn among all processes; with `alone` the main
+    process gets all of them."""
     state = PartialState()
     if alone:
         return items if state.is_main_process else items[:0]
     return items[state.process_index :: state.num_processes]
 
 
-def global_batch(items: Sequence[Item], args: CommonArguments, step: int) -> list[Item]:
+def global_batch(items: Sequence[Item], args: Flags, step: int) -> list[Item]:
     """The examples of an optimizer step; the seed determines another order for each epoch."""
     places = range(step * args.batch_size, (step + 1) * args.batch_size)
     size = len(items)
@@ -2083,9 +2048,7 @@ def _order(seed: int, epoch: int, size: int) -> list[int]:
     return torch.randperm(size, generator=generator_for(seed, "order", epoch)).tolist()
 
 
-def split_micro_batches(
-    batch: list[Example], args: CommonArguments
-) -> tuple[list[list[Example]], int]:
+def split_micro_batches(batch: list[Example], args: Flags) -> tuple[list[list[Example]], int]:
     """This process's micro-batches, and the global batch's number of target tokens (at least 1).
 
     Micro-batches hold examples of similar length, to carry little padding; every process gets
@@ -2127,9 +2090,8 @@ def uniforms(seeds: Sequence[int], positions: int) -> Tensor:
 
 
 def row_seed(*parts: Any) -> int:
-    """A 63-bit seed from whatever identifies a row, so that its text depends on no other row."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    """A 63-bit hash of the parts: a sampling seed, a cache key or part of a file name."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 def sample(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -2156,7 +2118,7 @@ def sample(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> T
 
 
 def generate(
-    model: LanguageModel, prompts: Sequence[list[int]], seeds: Sequence[int], args: CommonArguments,
+    model: LanguageModel, prompts: Sequence[list[int]], seeds: Sequence[int], args: Flags,
     temperature: float, top_p: float = 1.0,
 ) -> Iterator[tuple[int, Completion]]:  # fmt: skip
     """Answers to `prompts` (ids) as (index, completion), in batches of prompts of similar length.
@@ -2244,16 +2206,10 @@ def _generate_batch(
 
 
 def cached_completions(
-    prompts: Sequence[Prompt],
-    asked: Sequence[Any],
-    identity: Any,
-    args: CommonArguments,
-    write: Callable[[dict[str, int], Callable[[str, Completion], None]], None],
-    *,
-    temperature: float,
-    top_p: float = 1.0,
-    purpose: str,
-) -> list[Completion]:
+    prompts: Sequence[Prompt], asked: Sequence[Any], identity: Any, args: Flags,
+    write: Callable[[dict[str, int], Callable[[str, Completion], None]], None], *,
+    temperature: float, top_p: float = 1.0, purpose: str,
+) -> list[Completion]:  # fmt: skip
     """One completion for each prompt, from a file under --cache-dir; `write` makes missing ones.
 
     The file is named after a hash of the teacher's `identity` and the sampling settings; a line's
@@ -2272,12 +2228,12 @@ def cached_completions(
 
     def look(repair: bool) -> tuple[dict[str, Completion], dict[str, int]]:
         known = _read_completions(path, repair)
-        if not (args.resume and Path(args.output_dir).exists()):  # else its text must not change
+        if not (args.resume and Path(args.output_dir).exists()):  # a resumed run keeps its gaps
             known = {key: c for key, c in known.items() if c.finished is not None}
         return known, {key: i for i, key in enumerate(keys) if key not in known}
 
     known, missing = look(repair=False)
-    if not any(gather_object([bool(missing)])):  # need not wait for a run that writes other lines
+    if not any(gather_object([bool(missing)])):  # then no lock is needed
         return [known[key] for key in keys]
     with exclusive(path.with_suffix(".lock")):
         known, missing = look(repair=True)
@@ -2285,10 +2241,8 @@ def cached_completions(
         PartialState().wait_for_everyone()  # all must divide the same missing keys
         began, tokens = time.perf_counter(), 0
         # One unbuffered write for each line, so that processes that append do not mix their lines.
-        with (
-            progress(f"teacher writes ({purpose})", len(mine)) as bar,
-            open(path, "ab", buffering=0) as file,
-        ):
+        with (progress(f"teacher writes ({purpose})", len(mine)) as bar,
+              open(path, "ab", buffering=0) as file):  # fmt: skip
 
             def record(key: str, completion: Completion) -> None:
                 nonlocal tokens
@@ -2371,7 +2325,8 @@ def _open(path: Path) -> Any:
 
 
 class TeacherHiddenStates:
-    """The teacher's final hidden states at the targets of fixed text, cached or computed live.
+    """The teacher's final hidden states, or what a server says of its distribution, at the targets
+    of fixed text: cached or live.
 
     With --cache-teacher they are computed once, before training, into one safetensors file for each
     batch. A tensor's name follows from its example's exact ids and targets, so data sets that
@@ -2379,9 +2334,7 @@ class TeacherHiddenStates:
     on the same text get the same bits whatever their divergence; later runs load no backbone.
     """
 
-    def __init__(
-        self, teacher: LanguageModel | ServerTeacher, examples: Sequence[Example], purpose: str
-    ) -> None:
+    def __init__(self, teacher: Any, examples: Sequence[Example], purpose: str) -> None:
         """Fill the cache with what it lacks; `purpose` is shown to the user.
 
         Raises `UsageError` if the disk has no room, before anything is written.
@@ -2399,13 +2352,11 @@ class TeacherHiddenStates:
             loaded = "is loaded" if teacher.loaded else "is not loaded"
             PartialState().print(f"{purpose}: teacher states from the cache; its backbone {loaded}")
 
-    def __call__(
-        self, examples: Sequence[Example], live: bool = False, top: int | None = None
-    ) -> Tensor:
-        """Hidden states (N, d) on the teacher's device, at the N targets of the examples; `top` is
+    def __call__(self, examples: list[Example], live: bool = False, k: int | None = None) -> Tensor:
+        """Hidden states (N, d) on the teacher's device, at the N targets of the examples; `k` is
         the K of a server's live log-probabilities, if not --api-top-logprobs."""
         if live or self.directory is None:
-            return teacher_hidden_states(self.teacher, examples, top if live else None)
+            return teacher_hidden_states(self.teacher, examples, k if live else None)
         keys = [self.keys[e.index] for e in examples]
         parts = [_open(self.files[key]).get_tensor(key) for key in keys]
         empty = torch.empty(0, self.width, dtype=self.teacher.compute_dtype)
@@ -2474,7 +2425,8 @@ def teacher_hidden_states(
 ) -> Tensor:
     """The teacher's final hidden states (N, d) at the N targets of the examples."""
     if isinstance(teacher, ServerTeacher):
-        ask = partial(teacher.live, examples, teacher.top if top is None else top)
+        texts = [e.teacher for e in examples]
+        ask = partial(teacher.live, texts, teacher.top if top is None else top)
         return in_step(ask) if Run.current else ask()  # before training, processes ask unequally
     return teacher.hidden_states(collate([e.teacher for e in examples], teacher.device))
 
@@ -2511,7 +2463,7 @@ class Server:
     killed run loses at most --api-concurrency of them. The key is in no file and no message.
     """
 
-    def __init__(self, args: CommonArguments, reader: LanguageModel) -> None:
+    def __init__(self, args: Flags, reader: LanguageModel) -> None:
         import openai  # takes a second to import, and a local teacher needs none
 
         self.openai, self.args, self.reader = openai, args, reader
@@ -2522,9 +2474,7 @@ class Server:
         self.identity, self.greeted = ["api", self.base_url, args.api_model], False
         self.lost = False  # whether a connection broke: the server may have been started anew
 
-    def complete(
-        self, prompts: Sequence[Prompt], args: CommonArguments, **sampling: Any
-    ) -> list[Completion]:
+    def complete(self, prompts: Sequence[Prompt], args: Flags, **sampling: Any) -> list[Completion]:
         """Answers to the prompts, from the cache if they are there; `finished` is None where there
         is none. Raises `UsageError` for a refused key or setting, a server that stays down, and too
         many prompts without an answer; answers until then are kept."""
@@ -2615,7 +2565,7 @@ class Server:
 
     async def send(self, client: Any, request: dict[str, Any]) -> bytes:
         """The reply to a request for text or to a path, or the models if it is empty."""
-        if "path" in request:  # whose reply may be any text
+        if "path" in request:  # the reply may be any text
             url = self.base_url.removesuffix("/v1") + request["path"]
             return json.dumps(await client.post(url, body=request["body"], cast_to=str)).encode()
         text = client.chat.completions if "messages" in request else client.completions
@@ -2659,7 +2609,7 @@ class ServerTeacher(Server):
     compute_dtype = torch.int16  # of what is kept
     spread = False  # over devices
 
-    def __init__(self, args: CommonArguments, reader: LanguageModel) -> None:
+    def __init__(self, args: Flags, reader: LanguageModel) -> None:
         super().__init__(args, reader)
         self.top, self.device = args.api_top_logprobs, reader.device
         self.identity += ["ids", row_seed(sorted(reader.tokenizer.get_vocab().items()))]
@@ -2677,12 +2627,12 @@ class ServerTeacher(Server):
         self, key: str, prompt: Prompt, temperature: float, top_p: float = 1.0, **_: Any
     ) -> dict[str, Any]:
         """What is not set here, the model's generation_config.json would set."""
-        extra = {"min_p": 0.0, "top_k": 0, "repetition_penalty": 1.0, "return_token_ids": True}
         return {
             "model": self.args.api_model, "prompt": prompt.teacher, "temperature": temperature,
             "top_p": top_p, "max_tokens": self.args.max_new_tokens,
             "seed": row_seed(self.args.seed, key),
-            "extra_body": extra | {"stop_token_ids": self.reader.end_ids},
+            "extra_body": {"min_p": 0.0, "top_k": 0, "repetition_penalty": 1.0,
+                           "return_token_ids": True, "stop_token_ids": self.reader.end_ids},
         }  # fmt: skip
 
     def completion(self, prompt: Prompt, reply: Any) -> Completion:
@@ -2719,9 +2669,9 @@ class ServerTeacher(Server):
         if batches:
             self.each(batches, work)
 
-    def live(self, examples: Sequence[Example], k: int) -> Tensor:
-        """The server's log-probabilities at the examples' targets: `packed` (N, 3k + 4)."""
-        texts, parts = [e.teacher for e in examples], {-1: TopLogprobs.packed([], k)}
+    def live(self, texts: list[Tokens], k: int) -> Tensor:
+        """The server's log-probabilities at the texts' targets: `packed` (N, 3k + 4)."""
+        parts = {-1: TopLogprobs.packed([], k)}
         self.read(texts, k, lambda places, got: parts.update(zip(places, got, strict=True)))
         return to_device(torch.cat([parts[i] for i in sorted(parts)]), self.device)
 
@@ -2764,8 +2714,8 @@ class ServerTeacher(Server):
         return [*named, *[target] * absent], values
 
     async def greet(self, client: Any) -> None:
-        """Prove that the server has the model, room for --max-length, the student's tokens, and K
-        log-probabilities at T = 1, whatever else is in the batch; else raise `UsageError`."""
+        """Raise `UsageError` unless the server has the model, room for prompt and answer, the
+        reader's tokens, and K log-probabilities at T = 1 that do not depend on the batch."""
         needs = "is no server for this method, which needs vLLM's /v1/completions with token ids, "
         needs += f"return_token_ids and prompt_logprobs (vllm serve --max-logprobs {self.top})"
         try:
@@ -2827,8 +2777,8 @@ class ServerTeacher(Server):
 
 
 def in_step(work: Callable[[], Item]) -> Item:
-    """Return `work()`. If it raises `UsageError` in one process, all raise `ServerLost` and can
-    write a checkpoint; all must call this together."""
+    """Return `work()`. If it raises `UsageError` in one process, all raise `ServerLost`, so that
+    all can write a checkpoint. All processes must call this together."""
     result, problem = None, None
     try:
         result = work()
@@ -2949,12 +2899,10 @@ class RolloutServer(ServerTeacher):
             self.args.api_model = self.ADAPTER
 
     def _nats_apart(self) -> float:
-        parts: dict[int, Tensor] = {}
-        self.read(self.texts, 0, lambda places, got: parts.update(zip(places, got, strict=True)))
-        theirs = TopLogprobs.unpack(torch.cat([parts[i] for i in sorted(parts)])).logprobs[:, 0]
+        theirs = TopLogprobs.unpack(self.live(self.texts, 0)).logprobs[:, 0]
         batch = collate(self.texts, self.student.device)
         ours = compare(self.student.logits(batch), batch.targets)["logprob"]
-        return (ours.cpu() - theirs).abs().mean().item()
+        return (ours - theirs).abs().mean().item()
 
     def write(self, prompts: Sequence[tuple[Any, Prompt]], temperature: float) -> list[Completion]:
         """The student's answers to pairs (seed, prompt)."""
@@ -3204,9 +3152,8 @@ def chunked_loss(
     Returns the loss, a scalar in nats summed over tokens, differentiable in the student's hidden
     states and head; and both sums (2,), detached.
     """
-    hidden, head, inputs = student.hidden, student.head, (teacher and teacher.cast(), pieces)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _ChunkedLoss.apply(hidden, head.weight, head.bias, head, *inputs, body, pure)
+    hidden, head, teacher = student.hidden, student.head, teacher and teacher.cast()
+    return _ChunkedLoss.apply(hidden, head.weight, head.bias, head, teacher, pieces, body, pure)
 
 
 def distillation_loss(
@@ -3279,17 +3226,13 @@ GAPS = {"kl_to_teacher": -1, "top1_agreement": 1, "exact_match": 1, "error_rate"
 class Evaluator:
     """Scores students and their teacher on the same held-out prompts.
 
-    On one fixed set of answers sampled from the teacher (temperature 1): `kl_to_teacher`
-    (KL(teacher ‖ student), nats per target token) and `top1_agreement` if the vocabularies are
-    equal, `nats_per_token` in each model's own tokens, and `bits_per_byte` of the answers' text
-    without end tokens. On greedy answers: `exact_match`, the share that --grader accepts,
-    `error_rate` (word edit distance to the nearest reference over that reference's words),
-    `response_tokens` and `cut_off`, the share that reached the length limit. Without a reference
-    the teacher's greedy answer takes its place. An API teacher has no scores that need its
-    distribution.
+    The README explains the scores. Those of likelihood are taken on one fixed set of answers that
+    the teacher samples at temperature 1; `bits_per_byte` leaves out their end tokens. The others
+    are taken on greedy answers; `error_rate` compares with the nearest reference. A teacher that
+    returns only text gets no scores of likelihood.
     """
 
-    def __init__(self, prompts: list[Prompt], pair: Pair, args: CommonArguments) -> None:
+    def __init__(self, prompts: list[Prompt], pair: Pair, args: Flags) -> None:
         """Have the teacher answer the prompts, and score it."""
         teacher = pair.teacher
         greedy, samples = (
@@ -3319,8 +3262,8 @@ class Evaluator:
             states = TeacherHiddenStates(teacher, examples, "evaluation text")
             head, reader = teacher.head(), pair.readers[-1]
             self.teacher_logits = [teacher_logits(states(b).cpu(), head) for b in self.batches]
-            for batch, logits in zip(self.batches, self.teacher_logits, strict=True):
-                self._add_likelihoods(tallies, batch, reader, logits, logits)
+            for i, logits in enumerate(self.teacher_logits):
+                self._add_likelihoods(tallies, i, reader, logits)
         self.teacher_tallies = gathered(tallies)
 
     def __call__(self) -> list[Tally]:
@@ -3334,8 +3277,7 @@ class Evaluator:
                 tallies[i] = self._answer_tally(i, answer)
             for i, batch in enumerate(self.batches):
                 logits = student.logits(collate([e.student for e in batch], student.device))
-                theirs = self.teacher_logits[i] if self.comparable else None
-                self._add_likelihoods(tallies, batch, student, logits, theirs)
+                self._add_likelihoods(tallies, i, student, logits)
         return gathered(tallies)
 
     def _answer_tally(self, i: int, answer: Completion) -> Tally:
@@ -3348,13 +3290,13 @@ class Evaluator:
         return tally | {"response_tokens": answer.length, "cut_off": not answer.finished}
 
     def _add_likelihoods(
-        self, tallies: dict[int, Tally], batch: list[Example], model: LanguageModel,
-        logits: Logits | TopLogprobs, teacher: Logits | TopLogprobs | None,
-    ) -> None:  # fmt: skip
-        """Add a model's likelihoods of the teacher's samples."""
+        self, tallies: dict[int, Tally], i: int, model: LanguageModel, logits: Logits | TopLogprobs
+    ) -> None:
+        """Add a model's likelihoods of the teacher's samples in batch `i`."""
+        batch, teacher = self.batches[i], self.teacher_logits[i] if self.comparable else None
         sides = [e.student if model is self.student else e.teacher for e in batch]
         targets = collate(sides, model.device).targets
-        values = compare(logits, targets, teacher if self.comparable else None)
+        values = compare(logits, targets, teacher)
         counts = [len(side.targets) for side in sides]
         parts = {name: v.float().cpu().split(counts) for name, v in values.items()}
         logprobs = parts.pop("logprob")
@@ -3367,7 +3309,8 @@ class Evaluator:
             answer = side.ids[start : start + counts[j]]
             count = counts[j] - bool(answer and answer[-1] in model.end_ids)
             texts = side.ids[:start], side.ids[: start + count]
-            before, after = (len(model.tokenizer.decode(ids).encode()) for ids in texts)
+            decode = partial(model.tokenizer.decode, clean_up_tokenization_spaces=False)
+            before, after = (len(decode(ids).encode()) for ids in texts)
             tally["text_bits"] = -logprobs[j][:count].sum().item() / math.log(2)
             tally["bytes"] = after - before
             tallies[example.index] |= tally
@@ -3386,7 +3329,7 @@ def compare(
     if isinstance(student, TopLogprobs):
         logprob = student.logprobs[:, 0]
         same, none = torch.ones_like(logprob), torch.zeros_like(logprob)
-        return {"logprob": logprob, "agree": same, "kl": none}
+        return {"logprob": logprob} | ({"agree": same, "kl": none} if teacher else {})
     student, teacher, parts = student.cast(), teacher and teacher.cast(), []
     for rows in student.chunks():
         logprobs = log_softmax_with_temperature(student[rows])
@@ -3426,11 +3369,9 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
 
 def scores(tallies: list[Tally]) -> Scores:
     """The numbers of a results table; `Evaluator` tells their meaning."""
-    result = {
-        name: sum(t[top] for t in tallies) / max(1, sum(t[bottom] for t in tallies))
-        for name, (top, bottom) in SCORES.items()
-        if top in tallies[0]
-    }
+    sums = {key: sum(t[key] for t in tallies) for key in tallies[0] if key != "answer"}
+    known = {name: (a, b) for name, (a, b) in SCORES.items() if a in sums}
+    result = {name: sums[a] / max(1, sums[b]) for name, (a, b) in known.items()}
     if "kl_on_own_text" in result:
         result["exposure_bias"] = result["kl_on_own_text"] / max(result["kl_to_teacher"], 1e-9)
     return result
@@ -3462,7 +3403,7 @@ FLAGS_FREE_ON_RESUME = {
 }  # fmt: skip
 
 
-def start(script: str, args: CommonArguments) -> Accelerator:
+def start(script: str, args: Flags) -> Accelerator:
     """Set up accelerate, and refuse directories that cannot be used."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -3471,7 +3412,7 @@ def start(script: str, args: CommonArguments) -> Accelerator:
     # A process may wait long: for the teacher's text, or for another run's. LanguageModel.backbone
     # enters autocast by itself.
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))
-    with usage_error("cannot start", ValueError, RuntimeError):  # as without the other processes
+    with usage_error("cannot start", ValueError, RuntimeError):  # e.g. no peer answers
         accelerator = start_accelerator(mixed_precision="no", kwargs_handlers=[patience])
     accelerator.gradient_accumulation_steps = 1  # whatever the environment says
     if (launched := os.environ.get("WORLD_SIZE", "1")) != str(accelerator.num_processes):
@@ -3479,16 +3420,12 @@ def start(script: str, args: CommonArguments) -> Accelerator:
             f"{launched} processes were started, but each is alone: without a GPU, set "
             "ACCELERATE_USE_CPU=true"
         )
-    for name, path in (
-        ("--output-dir", args.output_dir or "runs"),
-        ("--cache-dir", args.cache_dir),
-    ):
+    directory = Path(args.output_dir or "runs")
+    for name, path in {"--output-dir": directory, "--cache-dir": Path(args.cache_dir)}.items():
         # A link to a disk that is gone counts too.
-        whole = Path(path).absolute()
-        nearest = next(p for p in (whole, *whole.parents) if os.path.lexists(p))
+        nearest = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UsageError(f"cannot write in {name} {path}: {nearest} is no writable directory")
-    directory = Path(args.output_dir or "runs")
     # A run that was killed before it wrote anything may have left half of its args.json.
     left = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
     if args.output_dir and left - {"args.json.part", ".lock"}:
@@ -3498,52 +3435,50 @@ def start(script: str, args: CommonArguments) -> Accelerator:
             raise UsageError(f"--output-dir {directory} is not empty: add --overwrite or --resume")
         elif not (directory / "args.json").is_file():
             raise UsageError(
-                f"--overwrite would remove {directory}, which is no run directory (no args.json)"
+                f"--overwrite would remove {directory}, which is no run (no args.json)"
             )
     elif args.resume:
         PartialState().print(f"--resume: {directory} holds no run yet, so a new one begins")
     read = [args.student, args.teacher, args.dataset, args.eval_dataset, args.cache_dir,
             args.chat_template, args.grader.rpartition(":")[0]] * args.overwrite  # fmt: skip
     for path in (Path(name) for name in read if name):
-        there = path.exists() or path == Path(args.cache_dir)  # which this run may make
+        there = path.exists() or path == Path(args.cache_dir)  # may not exist yet
         if there and path.resolve().is_relative_to(directory.resolve()):
             raise UsageError(f"--overwrite would remove {path}, which this run reads")
     torch.manual_seed(args.seed)  # for the initial weights of adapters
     return accelerator
 
 
-def check_resume(directory: Path, script: str, args: CommonArguments) -> None:
+def check_resume(directory: Path, script: str, args: Flags) -> None:
     """Raise `UsageError` if these arguments cannot continue the run in `directory`."""
     refused = f"--resume cannot continue {directory}"
     with usage_error(f"{refused}, which has no readable args.json", OSError, ValueError, TypeError):
         before = dict(json.loads((directory / "args.json").read_text(encoding="utf-8")))
     now = all_arguments(script, args)
-    defaults = {f.name: f.default for f in dataclasses.fields(args)}
     for name in now.keys() - FLAGS_FREE_ON_RESUME:
-        if (was := before.get(name, defaults.get(name))) != now[name]:
+        if (was := before.get(name, getattr(type(args), name, None))) != now[name]:
             shown = as_flag(name) if name in vars(args) else name
             raise UsageError(f"{refused}: it was started with {shown} {was}, not {now[name]}")
     if (directory / "results.json").exists():
         raise UsageError(f"{refused}: it is finished")
 
 
-def all_arguments(script: str, args: CommonArguments) -> dict[str, Any]:
+def all_arguments(script: str, args: Flags) -> dict[str, Any]:
     """The content of args.json: what was run, how accelerate launched it, and every flag."""
-    launched = PartialState().distributed_type.value
-    return {"script": script, "launched": launched, **vars(args)}
+    return {"script": script, "launched": PartialState().distributed_type.value, **vars(args)}
 
 
-def total_steps(args: CommonArguments, examples: int) -> int:
+def total_steps(args: Flags, examples: int) -> int:
     """--max-steps, else --epochs over the examples."""
     steps = args.max_steps
-    if steps <= 0:
-        steps = math.ceil(args.epochs * examples / args.batch_size)
+    if steps <= 0:  # rounded, as 1.1 · 100 is a little more than 110
+        steps = math.ceil(round(args.epochs * examples / args.batch_size, 6))
     if args.warmup_steps >= steps:
         PartialState().print(f"--warmup-steps {args.warmup_steps}: all {steps} steps are warm-up")
     return steps
 
 
-def make_optimizer(model: nn.Module, args: CommonArguments) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, args: Flags) -> torch.optim.Optimizer:
     """AdamW (betas 0.9, 0.95) with weight decay on matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -3554,7 +3489,7 @@ def make_optimizer(model: nn.Module, args: CommonArguments) -> torch.optim.Optim
 
 
 def prepare(
-    accelerator: Accelerator, module: nn.Module, args: CommonArguments, teacher: Any = None
+    accelerator: Accelerator, module: nn.Module, args: Flags, teacher: Any = None
 ) -> tuple[nn.Module, Any]:
     """Prepare the student's module and its optimizer for the launched processes; FSDP shards the
     student, and `teacher` if it is loaded."""
@@ -3589,7 +3524,7 @@ class Run:
     current: Run | None = None  # the run that trains in this process
 
     def __init__(
-        self, script: str, args: CommonArguments, accelerator: Accelerator, evaluator: Evaluator,
+        self, script: str, args: Flags, accelerator: Accelerator, evaluator: Evaluator,
         examples: Sequence[Example] | Sequence[Prompt],
     ) -> None:  # fmt: skip
         """Claim the directory, or find the checkpoint to continue, and score the student.
@@ -3646,12 +3581,9 @@ class Run:
 
     def _claim(self) -> Path:
         """Create the directory and lock it, so that two runs never share one."""
-        flags = [
-            f"{name.replace('_', '-')}-{Path(str(value)).name}"
-            for name, value in changed_flags(self.args).items()
-            if name not in FLAGS_FREE_ON_RESUME | {"cache_teacher"}
-        ]
-        named = self.args.output_dir
+        free, named = FLAGS_FREE_ON_RESUME | {"cache_teacher"}, self.args.output_dir
+        flags = [(n, v) for n, v in changed_flags(self.args).items() if n not in free]
+        flags = [f"{name.replace('_', '-')}-{Path(str(value)).name}" for name, value in flags]
         name = "-".join([self.script, *flags]).encode()[:180].decode(errors="ignore")
         base = Path(named or f"runs/{name}")
         base.parent.mkdir(parents=True, exist_ok=True)
@@ -3668,7 +3600,7 @@ class Run:
             if not self.args.overwrite:  # it was written after `start` looked
                 raise UsageError(f"another run has used --output-dir {directory} meanwhile")
             left = set(directory.iterdir()) - {directory / ".lock"}
-            for path in sorted(left, key=lambda path: path.name == "args.json"):  # which allows it
+            for path in sorted(left, key=lambda path: path.name == "args.json"):  # args.json last
                 whole = path.is_dir() and not path.is_symlink()
                 shutil.rmtree(path) if whole else path.unlink()
         return directory
@@ -3718,15 +3650,14 @@ class Run:
         for group in optimizer.param_groups:
             group["lr"] = self.args.learning_rate * factor
         # The only use of torch's global generator while training.
-        process = self.accelerator.process_index
-        torch.manual_seed(row_seed(self.args.seed, "dropout", step, process))
+        torch.manual_seed(row_seed(self.args.seed, "dropout", step, self.accelerator.process_index))
 
     def log(
-        self, step: int, tokens: int, values: dict[str, Any], examples: list[list[Example]]
+        self, step: int, tokens: int, values: dict[str, Any], micro_batches: list[list[Example]]
     ) -> None:
         """Record a step, without waiting for its device tensors, and write when that is due."""
         self.tokens, self.done = self.tokens + tokens, step
-        self.pending.append((step, values, examples))
+        self.pending.append((step, values, micro_batches))
         self.bar.update()
         if step == self.steps or step % self.args.logging_steps == 0:
             self.flush()
@@ -3734,11 +3665,11 @@ class Run:
     def flush(self) -> None:
         """Write what was logged to metrics.jsonl. A non-finite number ends the run."""
         speed = self.tokens / max(time.perf_counter() - self.clock, 1e-9)
-        for step, values, examples in self.pending:
+        for step, values, micro_batches in self.pending:
             whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in values.items()}
             numbers = {name: float(value) for name, value in whole.items()}
             if not all(map(math.isfinite, numbers.values())):
-                sources = [e.prompt.conversation.source for part in examples for e in part]
+                sources = [e.prompt.conversation.source for batch in micro_batches for e in batch]
                 sys.exit(
                     f"error: loss or gradient is not finite at step {step}: {numbers}; its "
                     f"examples: {', '.join(sources[:3])} and {max(0, len(sources) - 3)} more"
@@ -3830,19 +3761,16 @@ class Run:
         }
         table = results_table(results)
         kept = f"the trained weights are in {self._checkpoints()[-1]}; --resume tries again"
-        with (
-            usage_error(f"cannot write {self.directory / 'final'} ({kept})", Exception),
-            self.student.inference_copy(),
-        ):
+        with (usage_error(f"cannot write {self.directory / 'final'} ({kept})", Exception),
+              self.student.inference_copy()):  # fmt: skip
             if self.accelerator.is_main_process:
                 save_student(self.student, self.directory / "final", self._model_card(table))
         if self.accelerator.is_main_process:
             write_json_lines(self.directory / "answers.jsonl", self._answers(before, after))
             write_json(self.directory / "results.json", results)
             draw_curves([self.directory], self.directory / "curves.png")
-            for prompt, row, tally in zip(
-                evaluator.prompts[:3], evaluator.rows, after, strict=False
-            ):
+            shown = zip(evaluator.prompts[:3], evaluator.rows, after, strict=False)
+            for prompt, row, tally in shown:
                 question = self.student.tokenizer.decode(prompt.student)
                 print(f"  {question!r}\n    {tally['answer']!r}  (of {row['references']})")
             print(table)
@@ -3959,8 +3887,9 @@ def table_text(table: pandas.DataFrame) -> str:
 def results_table(results: dict[str, Any]) -> str:
     """Teacher, before and after, a line for each score."""
     table = pandas.DataFrame({name: results[name] for name in ("teacher", "before", "after")})
-    shares = pandas.Series(results["gap_recovered"], dtype=float).map("{:.1%}".format)
-    table["gap recovered"] = shares
+    table["gap recovered"] = pandas.Series(results["gap_recovered"], dtype=float).map(
+        "{:.1%}".format
+    )
     return table_text(table.reindex(list(results["after"])))
 
 
@@ -3972,8 +3901,7 @@ def draw_curves(directories: Sequence[Path], target: Path) -> None:
         print(f'no {target.name}: it needs matplotlib (pip install -e ".[plots]")')
         return
     panels = ("train/loss", "eval/kl_to_teacher", "eval/exact_match", "eval/error_rate")
-    height = 4 + len(directories) / 12
-    figure = Figure(figsize=(18, height), layout="constrained")
+    figure = Figure(figsize=(18, 4 + len(directories) / 12), layout="constrained")
     axes = figure.subplots(1, len(panels))
     for directory in directories:
         lines = pandas.read_json(directory / "metrics.jsonl", lines=True).set_index("step")
@@ -4017,7 +3945,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def plan(script: str, args: CommonArguments) -> None:
+def plan(script: str, args: Flags) -> None:
     """`--plan`: print the memory that a run needs in one process, and with other flags.
 
     It loads no weights: a step and a batch of answers run on tensors that have shapes and no data.
@@ -4060,7 +3988,7 @@ def plan(script: str, args: CommonArguments) -> None:
 
 
 def memory_of_run(
-    script: str, args: CommonArguments, student: LanguageModel, teacher: LanguageModel | None,
+    script: str, args: Flags, student: LanguageModel, teacher: LanguageModel | None,
     longest_prompt: int,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes of a run's parts in one process, with sequences as long as its flags allow.
@@ -4072,7 +4000,7 @@ def memory_of_run(
     models = [dataclasses.replace(model) for model in (student, teacher) if model]
     for model in models:  # with weights that have no data
         dtype = torch.float32 if model is models[0] else model.compute_dtype
-        with torch.device("meta"), usage_error(f"no plan for {model.name}", *LOADING_ERRORS):
+        with torch.device("meta"), usage_error(f"no plan for {model.name}", *LOAD_ERRORS):
             model.model = AutoModelForCausalLM.from_config(
                 model.config, dtype=dtype, attn_implementation=args.attn_implementation
             ).eval()
@@ -4097,7 +4025,7 @@ def memory_of_run(
 
 
 def _peak_of_step(
-    student: LanguageModel, teacher: LanguageModel | None, args: CommonArguments,
+    student: LanguageModel, teacher: LanguageModel | None, args: Flags,
     shape: tuple[int, int], live: LiveBytes,
 ) -> dict[str, int]:  # fmt: skip
     """What a step holds after its forward pass and adds in its loss, and its peak."""
@@ -4126,19 +4054,17 @@ def _peak_of_step(
     return parts | {"peak of training": live.peak}
 
 
-def _peak_of_generation(
-    model: LanguageModel, args: CommonArguments, longest_prompt: int, live: LiveBytes
-) -> int:
+def _peak_of_generation(model: LanguageModel, args: Flags, longest: int, live: LiveBytes) -> int:
     """Peak while a batch of the longest prompts is answered to the length limit."""
     rows, device = args.generation_batch_size, model.device
-    ids = torch.zeros(rows, longest_prompt, dtype=torch.long, device=device)
+    ids = torch.zeros(rows, longest, dtype=torch.long, device=device)
     cache = DynamicCache(config=model.config.get_text_config())
     live.peak = live.now
     with model.evaluating():
         before = live.now
         hidden = model.backbone(input_ids=ids, cache=cache, use_cache=True).last_hidden_state[:, -1]
         held = live.now - before  # mostly keys and values
-        held += held * args.max_new_tokens // longest_prompt
+        held += held * args.max_new_tokens // longest
         prefill, live.peak = live.peak, live.now
         draws = torch.zeros(rows, dtype=torch.float64, device=device)
         sample(model.head().cast(model.compute_dtype).logits(hidden), draws, 1.0, args.top_p)

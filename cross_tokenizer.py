@@ -56,12 +56,12 @@ from torch import Tensor, nn
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import common
-from common import Batch, CommonArguments, Example, Head, LanguageModel, Pair, TopLogprobs, flag
+from common import Batch, Example, Flags, Head, LanguageModel, Pair, TopLogprobs, flag
 from common import softmax_with_temperature as softmax
 
 
 @dataclass
-class Arguments(CommonArguments):
+class Arguments(Flags):
     two_tokenizers: ClassVar[bool] = True
     student: str = flag(
         str(common.DATA / "student_other_tokenizer"), "student model: a directory or a hub id"
@@ -206,7 +206,7 @@ class Turn(NamedTuple):
         return tuple(parts)
 
     def nearest(self) -> Iterator[tuple[int, int]]:
-        """Each student token with the teacher's nearest one, the later of two, up to a cut."""
+        """Each student token with the teacher's that begins nearest (of two the later)."""
         (*begins, end), j = self.begins[1], 0
         whole = any(token.startswith(END) for token in self.tokens[1][-1:])
         for i, start in enumerate(p for p in self.begins[0][:-1] if whole or p < end):
@@ -542,10 +542,8 @@ class CrossTokenizerLoss(nn.Module):
         teacher: its hidden states (M, d) at its own M targets, or what a server says of them."""
         student = self.student.logits(batch)
         teacher = common.teacher_logits(teacher_hidden, self.teacher_head)
-        rows = [
-            (p.rows, p.teacher_rows, (batch.targets[p.rows], p.pairs, self.alignments))
-            for p in pieces
-        ]
+        inputs = [(batch.targets[p.rows], p.pairs, self.alignments) for p in pieces]
+        rows = [(p.rows, p.teacher_rows, more) for p, more in zip(pieces, inputs, strict=True)]
         return common.chunked_loss(student, teacher, rows, loss_and_gradient, pure=False)
 
 

@@ -107,15 +107,11 @@ class OnPolicyLoss(nn.Module):
     """The student and its loss in one `forward`, through which gradients are synchronised."""
 
     def __init__(
-        self,
-        student: LanguageModel,
-        teacher_head: Head | None,
-        objective: Objective,
-        estimator: str,
+        self, student: LanguageModel, head: Head | None, objective: Objective, estimator: str
     ) -> None:
         super().__init__()
         self.trained = student.model  # registers its parameters
-        self.student, self.teacher_head = student, teacher_head
+        self.student, self.teacher_head = student, head
         self.objective, self.estimator = objective, estimator
 
     def forward(
@@ -303,9 +299,7 @@ class RolloutMonitor:
         if length > 2 * usual:
             problems["length"] = f"answers have {length:.0f} tokens, the teacher's {usual:.0f}"
         if student < 0.2 * teacher:
-            problems["entropy"] = (
-                f"entropy is {student:.3f} nats a token, the teacher's {teacher:.3f}"
-            )
+            problems["entropy"] = f"entropy is {student:.3f} nats, the teacher's {teacher:.3f}"
         advice = "a lower --mix, or first training on the teacher's text, may help"
         for name in problems.keys() - self.warned:
             yield f"warning: step {step + 1}: the student's {problems[name]}; {advice}"

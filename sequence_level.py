@@ -35,7 +35,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 import common
-from common import Batch, CommonArguments, Completion, Example, LanguageModel, UsageError, flag
+from common import Batch, Completion, Example, Flags, LanguageModel, UsageError, flag
 
 OBJECTIVE = common.Objective(ce_weight=1.0)
 FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"}  # finish_reasons
@@ -43,7 +43,7 @@ CUT = {"length", "max_tokens", "model_length"}
 
 
 @dataclass
-class Arguments(CommonArguments):
+class Arguments(Flags):
     temperature: ClassVar[float] = 1.0  # there is no softmax to soften: see the next flag's alias
     sampling_temperature: float = flag(
         0.0, "temperature of the teacher's text (0: greedy)", aliases=["--temperature"]
@@ -173,9 +173,7 @@ def write_completions(path: Path, examples: list[Example]) -> None:
         turns = [*conversation.messages, {"role": "assistant", "content": example.text}]
         columns = {"messages": turns, "references": conversation.references}
         columns["chat_template_kwargs"] = conversation.options
-        rows.append(
-            conversation.columns | {name: value for name, value in columns.items() if value}
-        )
+        rows.append(conversation.columns | {k: v for k, v in columns.items() if v})
     common.write_json_lines(path, rows)
 
 
@@ -224,7 +222,8 @@ class ApiTeacher(common.Server):
         self.greeted = True
 
     def _adapt(self, problem: common.NoAnswer, request: dict[str, Any]) -> None:
-        """Leave out what a refusal names, if the student learns the same; else `UsageError`."""
+        """Leave out or rename what a refusal names, if the student learns the same; else
+        `UsageError`."""
         named = str(problem) if problem.status in {400, 422} else ""
         if "max_completion_tokens" in named and self.limit == "max_tokens":
             self.limit = "max_completion_tokens"

@@ -28,11 +28,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 import common
-from common import Batch, CommonArguments, Head, LanguageModel, Objective, flag
+from common import Batch, Flags, Head, LanguageModel, Objective, flag
 
 
 @dataclass
-class Arguments(CommonArguments):
+class Arguments(Flags):
     kl: Literal["forward", "reverse", "jsd"] = flag(
         "forward", "forward: KL(teacher ‖ student); reverse: KL(student ‖ teacher); jsd: between"
     )
@@ -73,12 +73,11 @@ class TokenLevelLoss(nn.Module):
     def forward(self, batch: Batch, teacher_hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The loss in nats, summed over the batch's N targets, and (2,) to log: loss, divergence.
 
-        `teacher_hidden` (N, d): the teacher's, at these targets; of a server `TopLogprobs.packed`.
+        `teacher_hidden`: the teacher's states (N, d) there, or a server's `TopLogprobs.packed`.
         """
         teacher = common.teacher_logits(teacher_hidden, self.teacher_head)
-        return common.distillation_loss(
-            self.student.logits(batch), batch.targets, self.objective, teacher
-        )
+        logits = self.student.logits(batch)
+        return common.distillation_loss(logits, batch.targets, self.objective, teacher)
 
 
 def main(args: Arguments) -> None:

@@ -144,7 +144,7 @@ def generate(
     max_new_tokens: int, temperature: float, top_p: float = 1.0, batch_size: int = 256,
 ) -> Iterator[tuple[int, common.Completion]]:  # fmt: skip
     """`common.generate` without a script's arguments."""
-    args = common.CommonArguments(max_new_tokens=max_new_tokens, generation_batch_size=batch_size)
+    args = common.Flags(max_new_tokens=max_new_tokens, generation_batch_size=batch_size)
     return common.generate(model, prompts, seeds, args, temperature, top_p)
 
 

@@ -235,7 +235,7 @@ def test_head_dtype_reaches_the_students_head(on_a_gpu):
     """--head-dtype float32: no product of a head in bfloat16 but the teacher's."""
     for value, wanted in (("auto", "bfloat16"), ("float32", "float32")):
         on_a_gpu(f"""
-        args = common.CommonArguments(head_dtype="{value}")
+        args = common.Flags(head_dtype="{value}")
         student, teacher = (common.open_model(args, cuda, role) for role in ("student", "teacher"))
         batch = common.collate([common.Tokens([1, 2, 3, 4], [2, 3])], cuda)
         student, teacher = student.logits(batch), teacher.logits(batch)
@@ -248,5 +248,5 @@ def test_head_dtype_reaches_the_students_head(on_a_gpu):
 
 def test_head_dtype_has_two_values(capsys):
     with pytest.raises(SystemExit) as stop:
-        common.parse_arguments(common.CommonArguments, "", ["--head-dtype", "float16"])
+        common.parse_arguments(common.Flags, "", ["--head-dtype", "float16"])
     assert stop.value.code == 2 and "--head-dtype" in capsys.readouterr().err

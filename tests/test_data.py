@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from byte_models import word_tokenizer
 from conftest import example_of, generate, language_model, tiny_model, with_response
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -302,7 +303,7 @@ def test_answers_that_max_length_cuts_are_counted(tiny, tmp_path, capsys):
     answers = [completion_of(model, text, finished=text != "unfinished") for text in texts]
     teacher = copy.copy(model)
     teacher.complete = lambda *_, **__: answers
-    args = common.CommonArguments(max_length=len(prompts[0].student) + 12)
+    args = common.Flags(max_length=len(prompts[0].student) + 12)
     common.make_examples(prompts, Pair(model, teacher), args)
     assert "; 2 responses cut" in capsys.readouterr().out
 
@@ -384,6 +385,25 @@ def test_dataset_response_cut_to_nothing_is_left_out():
         tokenize_prompts([row], model, model, width)
 
 
+def test_bytes_of_text_are_those_of_its_tokens():
+    """A tokenizer that would tidy the text: the space before its full stop counts."""
+    tokenizer = word_tokenizer(["a", "."], "{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer.clean_up_tokenization_spaces = True
+    model, ids = as_model(tokenizer), tokenizer("a . a . a", add_special_tokens=False)["input_ids"]
+    side = common.with_response(ids[:2], ids[2:])
+    example = common.Example(0, None, "a . a", side, side)
+    scorer, tallies = object.__new__(common.Evaluator), {0: {}}
+    scorer.student, scorer.comparable, scorer.batches = model, False, [[example]]
+    logits = common.Logits(torch.zeros(3, 8), common.Head(torch.zeros(300, 8)))
+    scorer._add_likelihoods(tallies, 0, model, logits)
+    assert tallies[0]["bytes"] == len(" a . a")
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1.1, 11), (1.0, 10), (0.05, 1), (1.01, 11)])
+def test_steps_of_epochs(epochs: float, steps: int):
+    assert common.total_steps(arguments(epochs=epochs, batch_size=10), 100) == steps
+
+
 def test_each_model_reads_its_own_template():
     """Different templates, same targets; the longer prompt decides what fits for both."""
     short, long = as_model(byte_tokenizer(CHATML)), as_model(byte_tokenizer(CHATML_MARKED))
@@ -404,9 +424,9 @@ def test_each_model_reads_its_own_template():
         # Evaluation counts the bytes of the text that was kept, of either model.
         for model, side in ((short, example.student), (long, example.teacher)):
             scorer, tallies = object.__new__(common.Evaluator), {0: {}}
-            scorer.student, scorer.comparable = short, True
+            scorer.student, scorer.comparable, scorer.batches = short, False, [examples]
             logits = common.Logits(torch.zeros(3, 8), common.Head(torch.zeros(300, 8)))
-            scorer._add_likelihoods(tallies, examples, model, logits, None)
+            scorer._add_likelihoods(tallies, 0, model, logits)
             assert tallies[0]["bytes"] == 3 and tallies[0]["tokens"] == len(side.targets)
         assert "longer" not in short.tokenizer.decode(example.student.ids)
 

@@ -151,7 +151,7 @@ def test_a_wrong_grader_is_refused_before_anything_is_loaded(
     )
     rows = [{"prompt": "a", "references": ["1"]}, {"prompt": "b", "references": ["none"]}]
     write_rows(Path("eval.jsonl"), rows)
-    args = common.CommonArguments(
+    args = common.Flags(
         dataset="eval.jsonl", eval_dataset="eval.jsonl", grader=grader, teacher="nowhere"
     )
     with pytest.raises(common.UsageError) as caught:

@@ -271,7 +271,7 @@ def test_directories_of_save_to_disk_and_nulls_of_arrow(tmp_path: Path, models):
     assert len(common.load_conversations(str(tmp_path / "two"), split="test")) == 1
     two = {"dataset": str(tmp_path / "two"), "eval_dataset": str(tmp_path / "two")}
     for split, size in (("train", 2), ("test", 1)):
-        args = common.CommonArguments(**two, eval_split=split)
+        args = common.Flags(**two, eval_split=split)
         assert [len(part) for part in common.load_data(args)] == [2, size]
     with pytest.raises(UsageError, match=r"cannot load .*two.*dev"):
         common.load_conversations(str(tmp_path / "two"), split="dev")
@@ -528,6 +528,14 @@ def test_equal_prompts_stay_together(seed: int, tmp_path: Path):
     assert len(train) == len(held_out) == 10 and not train & held_out
     with pytest.raises(UsageError, match="holds out all 4 rows"):
         split(tmp_path, rows[:1] * 4)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_prompt_with_many_answers_does_not_fill_the_held_out_rows(seed: int, tmp_path: Path):
+    """60 of 100 rows ask the same: ten others are held out."""
+    rows = [{"prompt": f"p{max(i, 59)}", "response": f"a{i}"} for i in range(100)]
+    train, held_out = split(tmp_path, rows, seed=seed)
+    assert len(held_out) == 10 and len(train) == 31
 
 
 def test_split_of_different_prompts_is_as_ever(tmp_path: Path):

@@ -211,7 +211,7 @@ def examples_of(model: LanguageModel, path: Path, rows: list[Any]) -> list[commo
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     pair = Pair(model, model)
     files = {"dataset": str(path), "eval_dataset": str(path)}
-    train, _ = common.load_data(common.CommonArguments(**files, completions="dataset"))
+    train, _ = common.load_data(common.Flags(**files, completions="dataset"))
     prompts = common.tokenize_prompts(train, pair, LIMIT)
     return common.dataset_examples(prompts, pair, LIMIT)[0]
 

@@ -41,7 +41,7 @@ def test_no_sentence_is_both_held_out_and_trained_on():
 def test_what_the_models_know(name, exact, errors):
     """Of 40 held-out sentences; files below 5 MB."""
     assert sum(path.stat().st_size for path in (TASK / name).iterdir()) < 5e6
-    args = common.CommonArguments(student=str(TASK / name))
+    args = common.Flags(student=str(TASK / name))
     model = common.open_model(args, common.PartialState(cpu=True).device, "student")
     asked = rows("eval.jsonl")[:40]
     texts = [common.render(model.tokenizer, row["messages"], prompt=True) for row in asked]

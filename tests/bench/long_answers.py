@@ -157,7 +157,7 @@ def further_errors(directory: Path) -> pandas.DataFrame:
         edits = min(common.edit_distance(half, reference[:n]) for n in range(len(reference) + 1))
         halves.append((half, edits, reference))
     for name, path in (("student", directory / "final"), ("teacher", TASK / "teacher")):
-        args = common.CommonArguments(student=str(path), max_new_tokens=130)
+        args = common.Flags(student=str(path), max_new_tokens=130)
         model = common.open_model(args, common.PartialState(cpu=True).device, "student")
         texts = [
             common.render(model.tokenizer, row["messages"], prompt=True) + " ".join(half)

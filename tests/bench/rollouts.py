@@ -62,7 +62,7 @@ def suite_tokens(
 ) -> int:
     """The number of tokens that `common.generate` generated."""
     prompts = [prompt.student for prompt in asked]
-    args = common.CommonArguments(max_new_tokens=max_new_tokens, generation_batch_size=batch_size)
+    args = common.Flags(max_new_tokens=max_new_tokens, generation_batch_size=batch_size)
     completions = common.generate(model, prompts, range(len(prompts)), args, temperature=1.0)
     return sum(completion.length for _, completion in completions)
 

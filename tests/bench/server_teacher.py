@@ -143,7 +143,10 @@ def main() -> None:
         loss, full = gradient(student, zip(batches, whole, strict=True), objective)
         print(f"{objective.kl:8} whole    loss {loss:.4f}  norm {full.double().norm():.4f}")
         for k in flags.top:
-            top = [common.TopLogprobs.unpack(server.live(group, k)) for group in groups]
+            top = [
+                common.TopLogprobs.unpack(server.live([e.teacher for e in group], k))
+                for group in groups
+            ]
             part, got = gradient(student, zip(batches, top, strict=True), objective)
             # Sums of so many squares are not exact in float32.
             a, b = got.double(), full.double()
