@@ -32,7 +32,7 @@ import token_level
 # A script that also leaves in NAME-PROCESS.pt what the process holds after the first backward pass,
 # and in NAME.pt the first step's gradients before clipping and the student gathered by torch.
 SCRIPT = f"""
-import importlib, sys
+import contextlib, importlib, sys
 sys.path.insert(0, {str(ROOT)!r})
 import accelerate, torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -47,6 +47,15 @@ load_weights, kept, left = common.load_weights, {{"loads": []}}, {{"gradients": 
 def load_and_note(model, *rest):
     kept["loads"].append(model.name)
     return load_weights(model, *rest)
+
+reduce_gradients = common.reduce_gradients
+
+@contextlib.contextmanager
+def reduce_and_note(accelerator, module, now):
+    with reduce_gradients(accelerator, module, now):
+        yield
+    if not now:  # only then sharded parameters have gradients: others wait whole
+        kept["reduced"] = [p.grad is not None for p in module.parameters() if p.requires_grad]
 
 def prepare_and_keep(accelerator, module, args, teacher=None):
     kept["teacher"] = teacher
@@ -65,7 +74,7 @@ def clip_and_keep(self, parameters, *rest):
         left["gradients"] = torch.cat([g.flatten() for g in whole])
         own, teacher = {{"student": held(kept["module"])}}, kept["teacher"]
         own["units"] = sum(isinstance(m, FSDPModule) for m in kept["module"].modules())
-        own["loads"] = kept["loads"]
+        own["loads"], own["reduced"] = kept["loads"], kept.get("reduced")
         if teacher is not None and teacher.loaded:
             own["teacher"], own["head"] = held(teacher.model), teacher.head().weight.numel()
         torch.save(own, f"{{name}}-{{self.process_index}}.pt")
@@ -80,7 +89,7 @@ def finish_and_keep(self, **more):
 
 accelerate.Accelerator.clip_grad_norm_ = clip_and_keep
 common.prepare, common.Run.finish = prepare_and_keep, finish_and_keep
-common.load_weights = load_and_note
+common.load_weights, common.reduce_gradients = load_and_note, reduce_and_note
 common.length_batches.__defaults__ = (32,)  # so that the processes evaluate 4 and 3 batches
 common.launch(script.main, script.Arguments, "")
 """
@@ -189,6 +198,7 @@ def test_each_process_holds_half(place, runs, script):
     runs(script)
     for own in (torch.load(place / f"{script}-2-{process}.pt") for process in (0, 1)):
         assert own["units"] == 3  # two layers and the rest, gathered one after the other
+        assert own["reduced"] and all(own["reduced"])  # gradients too, after each micro-batch
         held, total = own["student"]
         assert held == pytest.approx(total / 2, rel=0.02)
         if script != "sequence_level":

@@ -113,6 +113,16 @@ def test_bfloat16_compute_keeps_float32_weights():
     assert (approximate - gradient).norm() > 1e-6 * gradient.norm()  # it did compute differently
 
 
+def test_casts_are_not_kept_until_the_forward_pass_ends():
+    """Autocast's cache would hold all layers in bfloat16 beside their float32 weights."""
+    student, _ = embedded(dtype="bfloat16")
+    cached = []
+    layers = common.layers_of(student.model)
+    layers[1].register_forward_hook(lambda *_: cached.append(torch.is_autocast_cache_enabled()))
+    student.hidden_states(common.collate([common.Tokens([1, 2, 3], [2])], student.device))
+    assert cached == [False] and torch.is_autocast_cache_enabled()
+
+
 def test_bfloat16_teacher_is_close():
     student, teacher = embedded()
     _, half = embedded(teacher_dtype="bfloat16")
