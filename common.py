@@ -48,6 +48,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,6 +58,7 @@ from functools import partial
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from unittest import mock
 
 import pandas
 import psutil
@@ -88,8 +90,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     DynamicCache,
     GenerationConfig,
@@ -99,6 +103,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     masking_utils,
 )
+from transformers.integrations import moe
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -259,7 +264,7 @@ def check_arguments(args: Flags) -> None:
                 "max_new_tokens", "generation_batch_size", "logging_steps", "api_top_logprobs",
                 "api_concurrency", "api_timeout"}  # fmt: skip
     for name, value in vars(args).items():
-        if isinstance(value, str) and (not value or value.startswith("~")):
+        if isinstance(value, str) and (not value or value.startswith("~/")):
             advice = "a shell replaces ~ only at the beginning of a word"
             raise UsageError(f"{as_flag(name)} is {value!r}" + f": {advice}" * bool(value))
         if isinstance(value, bool) or not isinstance(value, int | float) or name == "max_steps":
@@ -325,8 +330,9 @@ def check_arguments(args: Flags) -> None:
 def launch(main: Callable[[Any], None], kind: type[Flags], description: str) -> None:
     """Entry point of a script: parse and run; errors of the user or the disk are one sentence."""
     args = parse_arguments(kind, description)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # where it does not take UTF-8
+    with contextlib.suppress(AttributeError):  # a notebook's streams take any text
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="backslashreplace")  # where it does not take UTF-8
     try:
         with (
             usage_error("cannot read or write (--output-dir, --cache-dir)", OSError),
@@ -542,7 +548,7 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
         answers = answers if isinstance(answers, list) else [answers] * (answers is not None)
         answers = [as_message(turn, "assistant") for turn in answers]
         if len(answers) == 1 and (reasoning := take("reasoning_content")):
-            answers[0]["reasoning_content"] = _as_text(reasoning)
+            answers[0].setdefault("reasoning_content", _as_text(reasoning))
     *between, answer = answers or [None]
     messages += between
     if not messages or messages[-1]["role"] == "assistant":
@@ -554,24 +560,19 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
         messages.insert(0, {"role": "system", "content": system})
     references = _parsed(take("references") or [], list, "references must be a list")
     reference = take("reference")
-    references = references or (results if reference in (None, "") else [reference])
-    wanted = answer is not None and record.get("label") is not False  # as in KTO's data sets
-    if not references and wanted and "tool_calls" not in answer:
-        references = [answer["content"]]
+    own = [answer["content"]] if answer is not None and "tool_calls" not in answer else []
+    rule = "references must be strings"
+    references, results, own = (
+        [r for r in texts if final_text(_as_text(r, rule=rule)).strip()]
+        for texts in (references or [reference] * (reference is not None), results, own)
+    )
     rule = "chat_template_kwargs must be an object"
     options = _parsed(take("chat_template_kwargs") or {}, dict, rule)
     if tools:
         options = options | {"tools": [_as_function(tool) for tool in tools]}
     unused.update(record.keys() - ({"answer"} if results else set()))
     record = {k: v.get(NOT_TEXT, v) if isinstance(v, dict) else v for k, v in record.items()}
-    rule = "references must be strings"
-    references = [r for r in references if final_text(_as_text(r, rule=rule)).strip()]
-    choices = [record[name] for name in ("choices", "options", "A") if name in record]
-    if choices and any(re.fullmatch(r"\(?[A-Z]\)?", r.strip()) for r in references):
-        parts, asked = re.findall(r"\w[\w ]+|\d", str(choices)), str(messages)
-        if not any(part in asked for part in parts):
-            raise ValueError("the answer is the letter of a choice that the prompt does not hold")
-    return Conversation(messages, answer, references, source, options, record)
+    return Conversation(messages, answer, references or results or own, source, options, record)
 
 
 def _results(value: Any) -> list[str]:
@@ -700,8 +701,12 @@ def check_content(model: LanguageModel, turns: list[Message], prompt: str, **opt
     for i, turn in enumerate(turns):
         if turn["role"] == "assistant" or _prints(prompt, turn):
             continue  # a template may change what it prints
-        changed = [*turns[:i], turn | {"content": turn["content"] + "x"}, *turns[i + 1 :]]
-        if render(model.tokenizer, changed, prompt=True, **options) == prompt:
+        texts = set()
+        for content in ("", turn["content"] + "x"):
+            changed = [*turns[:i], turn | {"content": content}, *turns[i + 1 :]]
+            with contextlib.suppress(UsageError):  # a template may refuse it
+                texts.add(render(model.tokenizer, changed, prompt=True, **options))
+        if texts == {prompt}:
             raise UsageError(f"the chat template does not print the content of turn {i + 1}")
 
 
@@ -1152,8 +1157,9 @@ def end_of_turn_ids(tokenizer: Tokenizer, *configs: Any, **options: Any) -> list
     after, added = texts[0][:shared][::-1], tokenizer.added_tokens_decoder
     ids = tokenize(tokenizer, after)[0]
     words = [n for n, i in enumerate(ids) if i not in added and tokenizer.decode(i).strip()]
-    closing = ids[words[-1] + 1 :] if words else ids  # what follows may close a part of the answer
-    ids = [i for i in (closing or ids) if i in added and added[i].content.strip()]
+    last = ids[words[-1] + 1 :] if words else ids  # those before may close a part of the answer
+    last, ids = ([i for i in x if i in added and added[i].content.strip()] for x in (last, ids))
+    ids = last or ids
     ids = sorted(ids, key=lambda i: not added[i].special)[:1]
     for end in (tokenizer.eos_token_id, *(getattr(c, "eos_token_id", None) for c in configs)):
         ids += end if isinstance(end, list) else [] if end is None else [end]
@@ -1217,11 +1223,17 @@ def open_model(
     return model
 
 
+def model_class(config: PreTrainedConfig) -> Any:
+    """That of language models, or of those with a vision tower that transformers has only so."""
+    plain = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForCausalLM if plain else AutoModelForImageTextToText
+
+
 def load_weights(model: LanguageModel, args: Flags, revision: str, dtype: str) -> PreTrainedModel:
     """The weights on the model's device, in eval mode; refuses missing ones and unknown heads."""
     mixed = model.compute_dtype != getattr(torch, dtype)
     with usage_error(f"cannot load the model {model.name}", *LOAD_ERRORS):
-        weights, report = AutoModelForCausalLM.from_pretrained(
+        weights, report = model_class(model.config).from_pretrained(
             model.name, revision=revision, dtype=dtype, use_safetensors=True,
             trust_remote_code=False, attn_implementation=args.attn_implementation,
             experts_implementation="eager" if mixed else None,  # autocast leaves others in float32
@@ -1232,6 +1244,13 @@ def load_weights(model: LanguageModel, args: Flags, revision: str, dtype: str) -
         raise UsageError(
             f"{model.name} lacks {len(missing)} tensors of the shape that its config.json asks for "
             f"(they would be random); the first is {missing[0]}"
+        )
+    known = weights.state_dict().keys()
+    beside = [k for k in sorted(report["unexpected_keys"]) if not k.endswith(".weight")]
+    if beside := [k for k in beside if f"{k.rpartition('.')[0]}.weight" in known]:
+        raise UsageError(
+            f"{model.name} has tensors that transformers would leave out, so that it would compute "
+            f"something else (quantised by another tool?); the first is {beside[0]}"
         )
     head, layer = None, weights.get_output_embeddings()
     if not model.spread:
@@ -1372,8 +1391,11 @@ def freeze_unreached(student: LanguageModel) -> None:
     Experts without a token are not frozen: they are slices of one parameter and get zeros.
     """
     trained = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
-    logits = student.logits(collate([Tokens([1, 2, 3, 4], [2, 3])], student.device))[:]
-    gradients = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
+    student.model.train()  # some models read other weights then
+    with usage_error(f"cannot train {student.name}", Exception):  # with adapters, for example
+        logits = student.logits(collate([Tokens([1, 2, 3, 4], [2, 3])], student.device))[:]
+        gradients = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
+    student.model.eval()
     left = [name for name, g in zip(trained, gradients, strict=True) if g is None]
     for name in left:
         trained[name].requires_grad_(False)
@@ -1742,14 +1764,11 @@ def tokenize_answer(
 
     It is tokenised after its prompt, because SentencePiece marks where text begins. If one token
     would span the boundary, it is tokenised by itself, because at generation time the model has
-    read exactly the prompt's own tokens. `UsageError` if it reasons after a prompt that has closed
-    the reasoning.
+    read exactly the prompt's own tokens.
     """
     before = render(model.tokenizer, talk.messages, prompt=True, **talk.options)
-    if before.rstrip().endswith("</think>"):
+    if before.rstrip().endswith("</think>"):  # it holds the empty block already
         text = re.sub(r"\A\s*<think>\s*</think>\s*", "", text)
-        if text.lstrip().startswith("<think>"):
-            raise UsageError("the answer reasons, and its generation prompt has closed </think>")
     text, start = mark_control_tokens(model.tokenizer, text), len(prompt_ids)
     ids = tokenize(model.tokenizer, before + text)[0]
     if ids[:start] != prompt_ids or (text and len(ids) == start):
@@ -1940,7 +1959,8 @@ def dataset_examples(prompts: list[Prompt], pair: Pair, limit: int) -> tuple[lis
                 all(t and ids[: len(p)] == p for (ids, t), p in zip(sides, asked, strict=True))
                 and (shared or "tool_calls" in response or _hold_one_text(pair.readers, sides))
             ):
-                answer = Completion(_unrendered(response), True, 0, None)
+                before = render(pair.student.tokenizer, turns[:-1], prompt=True, **options)
+                answer = Completion(_unrendered(response, before), True, 0, None)
                 (example,) = completion_examples([prompt], [answer], pair, sys.maxsize)
                 sides = [example.student, example.teacher]
         begins = [sorted({*ts} - {t + 1 for t in ts}) for _, ts in sides]  # of each turn
@@ -1976,22 +1996,26 @@ def _hold_one_text(models: list[LanguageModel], sides: list[Tokens]) -> bool:
     for model, (ids, targets) in zip(models, sides, strict=True):
         start = max({*targets} - {t + 1 for t in targets})
         answer = [ids[t] for t in targets if t >= start and ids[t] not in model.end_ids]
-        texts.append(model.tokenizer.decode(answer, clean_up_tokenization_spaces=False))
+        text = model.tokenizer.decode(answer, clean_up_tokenization_spaces=False)
+        texts.append(unicodedata.normalize("NFC", text).strip())  # as some tokenizers do
     short, long = sorted(texts, key=len)
     return long.endswith(short)
 
 
-def _unrendered(response: Message) -> str:
-    """A response as a model would write it; `UsageError` for parts that only a template prints."""
-    if others := {k for k, v in response.items() if v} - {"role", "content", "reasoning_content"}:
-        names = ", ".join(sorted(others))
+def _unrendered(response: Message, prompt: str) -> str:
+    """A response as a model would write it after the rendered prompt; `UsageError` for tool calls,
+    which only a template prints, and for reasoning after a prompt that has closed it."""
+    if response.get("tool_calls"):
         raise UsageError(
-            f"the chat template does not print the answer's {names} after its generation prompt "
+            "the chat template does not print the answer's tool_calls after its generation prompt "
             "(--template-kwargs may turn reasoning off)"
         )
     reasoning = response.get("reasoning_content")
     text = response["content"] or ""
-    return f"<think>\n{reasoning.strip()}\n</think>\n\n{text}" if reasoning else text
+    text = f"<think>\n{reasoning.strip()}\n</think>\n\n{text}" if reasoning else text
+    if prompt.rstrip().endswith("</think>") and re.match(r"\s*<think>\s+(?!</think>)\S", text):
+        raise UsageError("the answer reasons, and its generation prompt has closed </think>")
+    return text
 
 
 def with_response(prompt_ids: list[int], response_ids: list[int]) -> Tokens:
@@ -3472,7 +3496,7 @@ def total_steps(args: Flags, examples: int) -> int:
     """--max-steps, else --epochs over the examples."""
     steps = args.max_steps
     if steps <= 0:  # rounded, as 1.1 · 100 is a little more than 110
-        steps = math.ceil(round(args.epochs * examples / args.batch_size, 6))
+        steps = max(1, math.ceil(round(args.epochs * examples / args.batch_size, 6)))
     if args.warmup_steps >= steps:
         PartialState().print(f"--warmup-steps {args.warmup_steps}: all {steps} steps are warm-up")
     return steps
@@ -3822,7 +3846,8 @@ def save_student(student: LanguageModel, directory: Path, card: str, **options: 
     config = student.model.generation_config
     config.eos_token_id = student.end_ids
     if not config.do_sample:  # save_pretrained refuses sampling settings of a greedy model
-        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff",
+                     "eta_cutoff"):  # fmt: skip
             setattr(config, name, None)
     if student.adapters is not None:
         student.adapters.merge_and_unload()
@@ -3846,7 +3871,9 @@ def restore_own_files(student: LanguageModel, directory: Path) -> None:
     paths = [folder / "config.json" for folder in (student.directory, directory)]
     paths.append(directory / "tokenizer_config.json")
     own, config, tokenizer = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    own = own if own["model_type"] == config["model_type"] else {}  # else the text model's wrapper
     config = own | config | {"torch_dtype": config.get("dtype")}
+    config.pop("auto_map", None)  # it would name files that are not here
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         scaling = None if rope.get("rope_type") == "default" else rope
@@ -4001,14 +4028,19 @@ def memory_of_run(
     for model in models:  # with weights that have no data
         dtype = torch.float32 if model is models[0] else model.compute_dtype
         with torch.device("meta"), usage_error(f"no plan for {model.name}", *LOAD_ERRORS):
-            model.model = AutoModelForCausalLM.from_config(
-                model.config, dtype=dtype, attn_implementation=args.attn_implementation
-            ).eval()
+            model.model = (
+                model_class(model.config)
+                .from_config(
+                    model.config, dtype=dtype, attn_implementation=args.attn_implementation
+                )
+                .eval()
+            )
     with contextlib.redirect_stdout(io.StringIO()):  # what `add_adapters` prints
         prepare_student(models[0], args)
-    parts = {}
-    eager = torch.compiler.set_stance("force_eager")
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, eager:
+    parts, eager = {}, torch.compiler.set_stance("force_eager")
+    untraced = usage_error(f"no plan for {student.name}", Exception)  # of a cache of its own
+    plain = mock.patch.object(moe, "_can_use_grouped_mm", return_value=False)  # it takes no fakes
+    with untraced, plain, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, eager:
         for name, model in zip(("student's weights", "teacher's weights"), models, strict=False):
             before = live.now
             model.model.to_empty(device=model.device).tie_weights()

@@ -14,10 +14,16 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from byte_models import randomize, word_tokenizer, write
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 import common
 import token_level
@@ -304,6 +310,64 @@ def test_refused_architecture(kind: str, tmp_path: Path):
     assert str(tmp_path) in str(problem.value)
 
 
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "depth": 1,
+          "num_attention_heads": 2, "num_heads": 2, "out_hidden_size": 32, "head_dim": 16,
+          "image_size": 28, "patch_size": 14}  # fmt: skip
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+WRAPPED = {  # the text model of a model that sees, and tokens for its images
+    "mistral3": ({"model_type": "mistral", "head_dim": 8}, {"image_token_index": 6}),
+    "qwen2_5_vl": (
+        {"model_type": "qwen2_5_vl_text", "rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}},
+        {"image_token_id": 6},
+    ),
+    "qwen3_5": ({"model_type": "qwen3_5_text", "head_dim": 8, **LINEAR}, {"image_token_id": 6}),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_text_model_in_a_model_that_sees(kind: str, tmp_path: Path):
+    """Its text is that of the whole model, its tower is not trained, and final/ can be loaded."""
+    text, more = WRAPPED[kind]
+    config = AutoConfig.for_model(
+        kind, text_config={**SIZES, **ENDS, **text}, vision_config=VISION, **more
+    )
+    whole = randomize(AutoModelForImageTextToText.from_config(config), 1).eval()
+    student = student_of(write(tmp_path / "student", whole, TOKENIZER))
+    ids = EXAMPLES[1].ids
+    with torch.no_grad():
+        expected, before = (logits_alone(m, ids, V) for m in (whole, student.model))
+    torch.testing.assert_close(before, expected, rtol=1e-5, atol=1e-5)
+    names = {n for n, p in student.model.named_parameters() if p.requires_grad}
+    assert names and not any("visual" in n or "vision" in n for n in names)
+    check_text(student, 1.0)
+    common.save_student(student, tmp_path / "final", "card")
+    loaded = student_of(str(tmp_path / "final"))
+    assert type(loaded.model) is type(student.model)
+    assert torch.equal(logits_alone(loaded.model, ids, V), before)
+
+
+@pytest.mark.parametrize("extra", ["k_proj.bias", "k_proj.weight_scale"])
+def test_tensors_that_would_be_left_out(extra: str, tmp_path: Path):
+    """Beside a weight that is loaded: without a bias or a scale it computes something else."""
+    directory = Path(save(tmp_path / "student", "llama"))
+    weights = load_file(directory / "model.safetensors")
+    weights |= {f"model.layers.1.self_attn.{extra}": torch.ones(16), "vision.weight": torch.ones(2)}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=rf"would leave out.*layers.1.self_attn.{extra}"):
+        student_of(str(directory))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plan_of_experts(kind: str, dtype: str, tmp_path: Path):
+    args = token_level.Arguments(student=save(tmp_path / "s", kind), dtype=dtype, max_length=32)
+    student = common.open_model(args, CPU, "student")
+    parts = common.memory_of_run("token_level", args, student, student, longest_prompt=8)
+    assert parts["gradients"] == sum(
+        p.nbytes for p in build(kind, ARCHITECTURES[kind]).parameters()
+    )
+
+
 LORA = {
     "llama": "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
     "gpt2": "c_attn, c_fc, c_proj",
@@ -364,3 +428,11 @@ def test_adapters_that_would_miss_most_are_refused(kind, changes, reason, tmp_pa
     pytest.importorskip("peft")
     with pytest.raises(UsageError, match=reason):
         student_of(save(tmp_path, kind, changes), lora_rank=2)
+
+
+def test_adapters_that_a_model_cannot_use(tmp_path: Path):
+    """A router that is a linear layer, but returns more than its product."""
+    pytest.importorskip("peft")
+    directory = save(tmp_path / "s", "phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2})
+    with pytest.raises(UsageError, match="cannot train"):
+        student_of(directory, lora_rank=2)

@@ -377,44 +377,26 @@ def test_no_answer_is_no_reference(text: str, tmp_path: Path):
         tmp_path, {"prompt": "q", "output": text}, {"prompt": "q", "references": [text, "b"]}
     )
     assert [row.references for row in rows] == [[], ["b"]]
-    row = {"prompt": "q", "output": "a", "reference": ""}
-    assert load(tmp_path, row)[0].references == ["a"]
+    for more in ({"reference": text}, {"references": [text]}):
+        assert load(tmp_path, {"prompt": "q", "output": "a"} | more)[0].references == ["a"]
 
 
 @pytest.mark.parametrize("mark", ["weight", "train", "loss", "label"])
 def test_unwanted_answers_are_not_learned(mark: str, tmp_path: Path):
-    """OpenAI's, axolotl's and AgentInstruct's marks of a turn; KTO's of a row, whose answer is no
-    reference either."""
+    """OpenAI's, axolotl's and AgentInstruct's marks of a turn; KTO's of a row."""
     answer = ANSWER if mark == "label" else ANSWER | {mark: False}
     row = {"prompt": [USER], "completion": [answer]} | ({"label": False} if mark == "label" else {})
     path = write_rows(tmp_path / "rows.jsonl", [row])
-    assert common.load_conversations(path)[0].references == ([] if mark == "label" else ["a"])
     with pytest.raises(UsageError, match=r"rows.jsonl:1: all assistant turns are learned"):
         common.load_data(sequence_level.Arguments(dataset=path, completions="dataset"))
-    assert load(tmp_path, {"prompt": "q", "completion": "a", "label": 0})[0].references == ["a"]
 
 
 def test_reasoning_in_a_column(tmp_path: Path, models):
     row = {"prompt": "q", "reasoning_content": "hm", "response": "a"}
     ((_, targets),) = learned(models["reasoning"], load(tmp_path, row))
     assert targets == "<think>hm</think>a<|im_end|>"
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"question": "Which?", "options": ["Paris", "Rome"], "answer": "B"},
-        {"question": "Which?", "choices": {"text": ["Paris", "Rome"]}, "answer": "(B)"},
-        {"question": "Which?", "A": "Paris", "B": "Rome", "answer": "B"},
-    ],
-    ids=str,
-)
-def test_a_letter_without_its_choices(row: dict, tmp_path: Path):
-    """It would be learned for a question that nobody can answer."""
-    with pytest.raises(UsageError, match="a choice that the prompt does not hold"):
-        load(tmp_path, row)
-    whole = load(tmp_path, row | {"question": "Which? (A) Paris (B) Rome"})
-    assert whole[0].references == [row["answer"]]
+    row = {"prompt": [USER], "completion": [ANSWER | {"thinking": "r"}], "reasoning_content": "hm"}
+    assert load(tmp_path, row)[0].response["reasoning_content"] == "r"
 
 
 @pytest.mark.parametrize("text", ["[]", json.dumps([USER, ANSWER]), "[" * 999, "[1]", "7", "{}"])

@@ -164,6 +164,9 @@ def test_the_end_is_known_whatever_the_template_makes_of_an_answer():
     )
     parts.add_special_tokens({"additional_special_tokens": ["<|part|>"]})
     assert common.end_of_turn_ids(parts) == [1]
+    named = byte_tokenizer(CHATML.replace("<|im_end|>\n", "<|part|>\n## "))  # then the next role
+    named.add_special_tokens({"additional_special_tokens": ["<|part|>"]})
+    assert common.end_of_turn_ids(named) == [named.convert_tokens_to_ids("<|part|>"), 1]
     plain = byte_tokenizer(CHATML.replace("<|im_end|>", "[over]"))
     plain.add_tokens(["[over]"])
     assert common.end_of_turn_ids(plain) == [plain.convert_tokens_to_ids("[over]"), 1]
@@ -375,7 +378,7 @@ def test_reasoning_in_a_field_after_a_cue_that_opens_it():
 @pytest.mark.parametrize("block", ["<think>\n\n</think>\n\n", "<think></think>", ""])
 @pytest.mark.parametrize("source", ["rows", "api"])
 def test_an_answer_after_a_cue_that_has_closed_reasoning(block: str, source: str):
-    """An empty block is not written twice, and one with reasoning is refused."""
+    """An empty block is not written twice, and a row with reasoning is refused."""
     model = model_of(byte_tokenizer(SWITCH))
 
     def example_of(text: str) -> common.Example:
@@ -391,8 +394,11 @@ def test_an_answer_after_a_cue_that_has_closed_reasoning(block: str, source: str
     assert learned(model, example.student) == "four<|im_end|>"
     ends = "<|im_start|>assistant\n<think>\n\n</think>\n\nfour<|im_end|>"
     assert read(model, example.student).rstrip("\n").endswith(ends)
-    with pytest.raises(common.UsageError, match=r"rows.jsonl:1: the answer reasons"):
-        example_of(REASONED)
+    if source == "api":  # what a teacher has written does not end the run
+        assert learned(model, example_of(REASONED).student) == REASONED + "<|im_end|>"
+    else:
+        with pytest.raises(common.UsageError, match=r"rows.jsonl:1: the answer reasons"):
+            example_of(REASONED)
 
 
 def test_every_example_begins_with_its_prompt():
@@ -511,6 +517,11 @@ def test_templates_that_print_an_answer_differently(tokenizer):
     assert learned(ours, example.student) == REASONED + "<|im_end|>"
     assert learned(theirs, example.teacher).startswith(REASONED)
     plain = model_of(byte_tokenizer(CHATML))
+    trimmed = model_of(byte_tokenizer(CHATML.replace("m.content", "m.content | trim")))
+    other = AutoTokenizer.from_pretrained(common.DATA / "teacher")
+    other.chat_template = CHATML.replace("<|im_end|>", "<|end|>")
+    example = examples_of(row("ask", "one", "more", "four\n"), trimmed, model_of(other))
+    assert learned(trimmed, example.student) == "one<|im_end|>four<|im_end|>"
     example = examples_of(row("ask", "four"), plain, theirs)
     assert learned(plain, example.student) == "four<|im_end|>"
     assert learned(theirs, example.teacher).startswith("<think>\n\n</think>\nfour")
