@@ -277,13 +277,12 @@ def check_arguments(args: Flags) -> None:
             raise ValueError("must be a JSON object")
     changed, url = changed_flags(args).keys(), args.api_base_url
     urls = {"--api-base-url": url, "--rollout-url": getattr(args, "rollout_url", None)}
+    urls = {name: u for name, u in urls.items() if u}
     api = [as_flag(name) for name in changed if name.startswith("api_")]
-    api = [name for name in api if not (urls["--rollout-url"] and name == "--api-timeout")]
+    api = [name for name in api if not ("--rollout-url" in urls and name == "--api-timeout")]
     weights = {"teacher_dtype", "teacher_device_map"}
     weights |= {*(() if args.two_tokenizers else ("teacher", "teacher_revision"))}
     trackers = ["none", *map(str, get_available_trackers())]
-    models = args.student, args.teacher
-    local = [Path(model).is_dir() for model in models]
     folder = Path(getattr(args, "rollout_weights", None) or "nowhere")
     foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / PUBLISHED).exists()
     for wrong, message in (
@@ -297,14 +296,15 @@ def check_arguments(args: Flags) -> None:
         (args.overwrite and not args.output_dir, "--overwrite needs --output-dir, what to replace"),
         (args.max_steps < 1 and args.max_steps != -1, "--max-steps must be 1 or more"),
         (args.max_steps == -1 and not args.epochs, "--epochs is 0 and --max-steps is not given"),
-        *((m.startswith((".", "/")) and not there, f"there is no model directory {m}")
-          for m, there in zip(models, local, strict=True)),
+        *((m.startswith((".", "/")) and not Path(m).is_dir(), f"there is no model directory {m}")
+          for m in (args.student, args.teacher)),
         (args.lora_rank and not find_spec("peft"), '--lora-rank needs pip install -e ".[lora]"'),
         (args.report_to not in trackers, f"--report-to: {args.report_to} is not installed, only "
          f"{', '.join(trackers)} (tensorboard: pip install -e \".[trackers]\")"),
         (not Path(args.chat_template or ".").exists(), f"--chat-template: no {args.chat_template}"),
-        ("revision" in changed and local[0], "--revision is for hub models"),
-        ("teacher_revision" in changed and local[1], "--teacher-revision is for hub models"),
+        ("revision" in changed and Path(args.student).is_dir(), "--revision is for hub models"),
+        ("teacher_revision" in changed and Path(args.teacher).is_dir(),
+         "--teacher-revision is for hub models"),
         (changed & {"dataset_config", "dataset_split"} and Path(args.dataset).is_file(),
          "--dataset-config and --dataset-split are for hub data sets and directories"),
         ("eval_split" in changed and (not args.eval_dataset or Path(args.eval_dataset).is_file()),
@@ -317,11 +317,11 @@ def check_arguments(args: Flags) -> None:
         (url and changed & weights, f"{', '.join(map(as_flag, sorted(changed & weights)))} is for "
          "a teacher that is loaded here, not an API"),
         (url and not args.api_model, "--api-base-url needs --api-model, the teacher's name"),
-        *((u and not re.fullmatch(URL, u),
+        *((not re.fullmatch(URL, u),
            f"{name} must look like https://HOST/v1, without user name, password or parameters: a "
            f"key belongs in the environment, {KEY}") for name, u in urls.items()),
-        *((u and not find_spec("openai"),
-           f'{name} needs the openai client: pip install -e ".[api]"') for name, u in urls.items()),
+        (urls and not find_spec("openai"),
+         f'{", ".join(urls)} needs the openai client: pip install -e ".[api]"'),
     ):  # fmt: skip
         if wrong:
             raise UsageError(message)
@@ -504,9 +504,11 @@ def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _take(fields: dict[str, Any], *names: str) -> Any:
-    """Remove and return the first of these fields that is present, else None."""
-    return next((fields.pop(name) for name in names if name in fields), None)
+def _take(fields: dict[str, Any], *names: str, kind: type | None = None) -> Any:
+    """Remove and return the first of these fields that is present, else None; if it must be of a
+    `kind`, as `_parsed`, or an empty one."""
+    value = next((fields.pop(name) for name in names if name in fields), None)
+    return _parsed(value or kind(), kind, names[0]) if kind else value
 
 
 def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversation:
@@ -516,7 +518,7 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
     take = functools.partial(_take, record := _without_nulls(record))
     turns = take("messages", "conversations", "conversation")
     if turns_hold_answer := turns is not None:  # else a column of its own holds the answer
-        turns = _parsed(turns, list, "messages must be a list")
+        turns = _parsed(turns, list, "messages")
     else:
         turns = take("instruction", "prompt", "question", "query", "problem")
         if turns is None and isinstance(record.get("input"), list):
@@ -526,14 +528,13 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
             if not parts:
                 raise ValueError("columns messages, prompt, instruction, ... are missing or null")
             turns = ["\n\n".join(filter(None, map(_as_text, parts)))]
-    tools = _parsed(take("tools", "functions") or [], list, "tools must be a list")
+    tools = take("tools", "functions", kind=list)
     given = turns[0].get("tools") if turns and isinstance(turns[0], dict) else None
     if isinstance(given, list) and all(isinstance(tool, dict) for tool in given):
         tools = tools or given  # some data sets put them there
     as_message = functools.partial(_as_message, has_tools=bool(tools))
-    rule = "history must be a list of pairs"
-    history = _parsed(take("history") or [], list, rule)
-    turns = [text for pair in history for text in _parsed(pair, list, rule)] + turns
+    pairs = [_parsed(pair, list, "a pair of history") for pair in take("history", kind=list)]
+    turns = [*itertools.chain.from_iterable(pairs), *turns]
     roles = ["user", "assistant"] if all(isinstance(turn, str) for turn in turns) else [None]
     messages = [as_message(turn, roles[i % len(roles)]) for i, turn in enumerate(turns)]
     results = []  # of a worked solution
@@ -547,27 +548,23 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
             results = _results(record.get("answer"))
         answers = answers if isinstance(answers, list) else [answers] * (answers is not None)
         answers = [as_message(turn, "assistant") for turn in answers]
-        if len(answers) == 1 and (reasoning := take("reasoning_content")):
-            answers[0].setdefault("reasoning_content", _as_text(reasoning))
+        if len(answers) == 1 and (reasoning := take("reasoning_content", kind=str)):
+            answers[0].setdefault("reasoning_content", reasoning)
     *between, answer = answers or [None]
     messages += between
     if not messages or messages[-1]["role"] == "assistant":
         raise ValueError("there is no turn to answer, or two assistant turns follow each other")
     if answer is not None and answer["role"] != "assistant":
         raise ValueError("the answer is not an assistant's turn")
-    if messages[0]["role"] != "system" and (system := take("system", "system_prompt")):
-        system = _as_text(system, rule="system must be a string")
+    if messages[0]["role"] != "system" and (system := take("system", "system_prompt", kind=str)):
         messages.insert(0, {"role": "system", "content": system})
-    references = _parsed(take("references") or [], list, "references must be a list")
-    reference = take("reference")
+    references, reference = take("references", kind=list), take("reference")
     own = [answer["content"]] if answer is not None and "tool_calls" not in answer else []
-    rule = "references must be strings"
     references, results, own = (
-        [r for r in texts if final_text(_as_text(r, rule=rule)).strip()]
+        [r for r in texts if final_text(_parsed(r, str, "a reference")).strip()]
         for texts in (references or [reference] * (reference is not None), results, own)
     )
-    rule = "chat_template_kwargs must be an object"
-    options = _parsed(take("chat_template_kwargs") or {}, dict, rule)
+    options = take("chat_template_kwargs", kind=dict)
     if tools:
         options = options | {"tools": [_as_function(tool) for tool in tools]}
     unused.update(record.keys() - ({"answer"} if results else set()))
@@ -612,8 +609,8 @@ def _as_message(turn: Any, role: str | None, has_tools: bool) -> Message:
                 raise ValueError(f"a part of the content is not text: {str(part)[:80]}")
         content = "".join(_as_text(part.get("text")) for part in content)
     message = {"role": role, "content": _as_text("" if content is None else content)}
-    if reasoning := take("reasoning_content", "reasoning", "thinking"):
-        message["reasoning_content"] = _as_text(reasoning)
+    if reasoning := take("reasoning_content", "reasoning", "thinking", kind=str):
+        message["reasoning_content"] = reasoning
     if calls:
         calls = calls if isinstance(calls, list) else [calls]
         message["tool_calls"] = [_as_function(call) for call in calls]
@@ -622,26 +619,27 @@ def _as_message(turn: Any, role: str | None, has_tools: bool) -> Message:
 
 def _as_function(value: Any) -> dict[str, Any]:
     """A tool or a call in OpenAI's form; arguments as an object, which templates print as JSON."""
-    value = _parsed(value, dict, "a tool or tool call must be an object")
+    value = _parsed(value, dict, "a tool or tool call")
     value = value if "function" in value else {"type": "function", "function": value}
-    function = _parsed(value["function"], dict, "the function of a tool must be an object")
-    _parsed(function.get("name"), str, "the name of a tool must be a string")
+    function = _parsed(value["function"], dict, "the function of a tool")
+    _parsed(function.get("name"), str, "the name of a tool")
     with contextlib.suppress(KeyError, ValueError):  # a tool has none; what is no object stays
         function = function | {"arguments": _parsed(function["arguments"], dict, "")}
     return value | {"function": function}
 
 
-def _parsed(value: Any, kind: type, rule: str) -> Any:
+def _parsed(value: Any, kind: type, what: str) -> Any:
     """The value, or what it spells in JSON, as in csv cells and in some data sets."""
     if isinstance(value, str) and kind is not str:
         with contextlib.suppress(ValueError):
             value = json.loads(value)
     if not isinstance(value, kind):
-        raise ValueError(f"{rule}, not {type(value).__name__}")
+        needed = {list: "a list", dict: "an object", str: "a string"}[kind]
+        raise ValueError(f"{what} must be {needed}, not {type(value).__name__}")
     return value
 
 
-_as_text = functools.partial(_parsed, kind=str, rule="text must be a string")
+_as_text = functools.partial(_parsed, kind=str, what="text")
 
 
 def load_data(args: Flags) -> tuple[list[Conversation], list[Conversation]]:
@@ -1514,7 +1512,7 @@ def without_weights(model: nn.Module, *others: Any) -> Any:
     return copy.deepcopy((model, *others), empty)
 
 
-def fill_weights(model: nn.Module, source: nn.Module, dtype: torch.dtype | None = None) -> None:
+def fill_weights(model: nn.Module, source: nn.Module, dtype: torch.dtype | None) -> None:
     """Gather the weights of `source` into its copy, in every process.
 
     They get `dtype` as if they were loaded in it: transformers exempts some, such as routers, and
@@ -1945,8 +1943,8 @@ def dataset_examples(prompts: list[Prompt], pair: Pair, limit: int) -> tuple[lis
         conversation, response = prompt.conversation, prompt.conversation.response
         turns = [*conversation.messages, response]
         said = {"tool_calls", "reasoning_content"}
-        if any(not (t["content"].strip() or t.keys() & said or t["role"] != "assistant")
-               for t in turns):  # fmt: skip
+        answers = [turn for turn in turns if turn["role"] == "assistant"]
+        if not all(turn["content"].strip() or turn.keys() & said for turn in answers):
             empty += 1
             continue
         turns[-1] = response = response | {"content": whole_answer(response["content"])}
@@ -2010,8 +2008,7 @@ def _unrendered(response: Message, prompt: str) -> str:
             "the chat template does not print the answer's tool_calls after its generation prompt "
             "(--template-kwargs may turn reasoning off)"
         )
-    reasoning = response.get("reasoning_content")
-    text = response["content"] or ""
+    reasoning, text = response.get("reasoning_content"), response["content"]
     text = f"<think>\n{reasoning.strip()}\n</think>\n\n{text}" if reasoning else text
     if prompt.rstrip().endswith("</think>") and re.match(r"\s*<think>\s+(?!</think>)\S", text):
         raise UsageError("the answer reasons, and its generation prompt has closed </think>")
@@ -2190,7 +2187,6 @@ def _generate_batch(
     draws = draws.float() if device.type == "mps" else draws
     inputs = ids, mask, limits, draws, torch.tensor(model.end_ids)
     ids, mask, limits, draws, ends = (to_device(tensor, device) for tensor in inputs)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
     responses = torch.full(draws.shape, -1, device=device)  # (B, longest response), -1 not written
     rows = torch.arange(len(prompts), device=device)  # those that are still generated
     done = torch.zeros_like(rows, dtype=torch.bool)
@@ -2201,15 +2197,15 @@ def _generate_batch(
         if model.has_cache:
             # Layers that keep a state instead of keys have taken the padding into account.
             visible = None if step and all(cache.is_linear) else mask
+            positions = (mask.cumsum(-1) - 1).clamp(0, longest - 1)[:, -ids.shape[1] :]
             hidden = model.backbone(
                 input_ids=ids, attention_mask=visible, position_ids=positions, cache=cache,
                 use_cache=True,
             ).last_hidden_state[:, -1]  # (rows, d)  # fmt: skip
         else:
             written = [[i for i in r if i >= 0] for r in responses.tolist()]
-            texts = [prompts[i] + written[i] for i in rows.tolist()]
-            batch = collate([Tokens([*t, 0], [len(t)]) for t in texts], device)
-            hidden = model.hidden_states(batch)  # reads all of each text again
+            texts = [with_response(prompts[i] + written[i], [0]) for i in rows.tolist()]
+            hidden = model.hidden_states(collate(texts, device))  # reads all of each text again
         tokens = choose(head.logits(hidden), draws[rows, step])
         responses[rows, step] = torch.where(done, -1, tokens)
         done = done | torch.isin(tokens, ends) | (step + 1 >= limits[rows])
@@ -2219,10 +2215,8 @@ def _generate_batch(
                 break
             if len(keep) < len(rows):
                 cache.reorder_cache(keep)  # `batch_select_indices` knows no recurrent layers
-                rows, done, tokens = rows[keep], done[keep], tokens[keep]
-                mask, positions = mask[keep], positions[keep]
+                rows, done, tokens, mask = (t[keep] for t in (rows, done, tokens, mask))
         ids, mask = tokens[:, None], F.pad(mask, (0, 1), value=1)
-        positions = (positions[:, -1:] + 1).clamp_max(longest - 1)
     return [[i for i in response if i >= 0] for response in responses.tolist()]
 
 
@@ -2250,17 +2244,17 @@ def cached_completions(
         keys.append(f"{row_seed(value, counts[repr(value)]):016x}")
         counts[repr(value)] += temperature > 0
 
-    def look(repair: bool) -> tuple[dict[str, Completion], dict[str, int]]:
-        known = _read_completions(path, repair)
-        if not (args.resume and Path(args.output_dir).exists()):  # a resumed run keeps its gaps
-            known = {key: c for key, c in known.items() if c.finished is not None}
-        return known, {key: i for i, key in enumerate(keys) if key not in known}
+    keeps_gaps = args.resume and Path(args.output_dir).exists()
 
-    known, missing = look(repair=False)
-    if not any(gather_object([bool(missing)])):  # then no lock is needed
+    def missing_of(known: dict[str, Completion]) -> dict[str, int]:
+        done = {key for key, c in known.items() if keeps_gaps or c.finished is not None}
+        return {key: i for i, key in enumerate(keys) if key not in done}
+
+    known = _read_completions(path)
+    if not any(gather_object([bool(missing_of(known))])):  # then no lock is needed
         return [known[key] for key in keys]
     with exclusive(path.with_suffix(".lock")):
-        known, missing = look(repair=True)
+        missing = missing_of(_read_completions(path, repair=True))
         mine = dict(my_share(list(missing.items()), args.teacher_device_map != "none"))
         PartialState().wait_for_everyone()  # all must divide the same missing keys
         began, tokens = time.perf_counter(), 0
@@ -2283,7 +2277,7 @@ def cached_completions(
             if mine:
                 write(mine, record)
         PartialState().wait_for_everyone()
-        known = _read_completions(path) if missing else known
+        known = _read_completions(path)
     return [known[key] for key in keys]
 
 
@@ -3359,11 +3353,11 @@ def compare(
         logprobs = log_softmax_with_temperature(student[rows])
         values = {"logprob": logprobs.gather(1, targets[rows, None])[:, 0]}
         if isinstance(teacher, TopLogprobs):
-            parts_of = (teacher.ids[rows], teacher.logprobs[rows])  # kept on the CPU
-            theirs = TopLogprobs(*(part.to(logprobs.device) for part in parts_of))
-            best = theirs.ids.gather(1, theirs.logprobs[:, :-1].argmax(-1, keepdim=True))[:, 0]
+            of_server = teacher.ids, teacher.logprobs  # on the CPU
+            ids, theirs = (part[rows].to(logprobs.device) for part in of_server)
+            best = ids.gather(1, theirs[:, :-1].argmax(-1, keepdim=True))[:, 0]
             values["agree"] = (logprobs.argmax(-1) == best).float()
-            both = outcomes(logprobs, theirs.ids, theirs.logprobs)[:2]
+            both = outcomes(logprobs, ids, theirs)[:2]
             values["kl"], _ = divergence(*both, Objective())
         elif teacher is not None:
             theirs = log_softmax_with_temperature(teacher[rows])
@@ -3451,18 +3445,15 @@ def start(script: str, args: Flags) -> Accelerator:
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UsageError(f"cannot write in {name} {path}: {nearest} is no writable directory")
     # A run that was killed before it wrote anything may have left half of its args.json.
-    left = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
-    if args.output_dir and left - {"args.json.part", ".lock"}:
-        if args.resume:
-            check_resume(directory, script, args)
-        elif not args.overwrite:
-            raise UsageError(f"--output-dir {directory} is not empty: add --overwrite or --resume")
-        elif not (directory / "args.json").is_file():
-            raise UsageError(
-                f"--overwrite would remove {directory}, which is no run (no args.json)"
-            )
+    left = {path.name for path in directory.glob("*")} - {"args.json.part", ".lock"}
+    if args.resume and left:
+        check_resume(directory, script, args)
     elif args.resume:
         PartialState().print(f"--resume: {directory} holds no run yet, so a new one begins")
+    elif args.output_dir and left and not args.overwrite:
+        raise UsageError(f"--output-dir {directory} is not empty: add --overwrite or --resume")
+    elif args.overwrite and left and not (directory / "args.json").is_file():
+        raise UsageError(f"--overwrite would remove {directory}, which is no run (no args.json)")
     read = [args.student, args.teacher, args.dataset, args.eval_dataset, args.cache_dir,
             args.chat_template, args.grader.rpartition(":")[0]] * args.overwrite  # fmt: skip
     for path in (Path(name) for name in read if name):
@@ -3914,9 +3905,8 @@ def table_text(table: pandas.DataFrame) -> str:
 def results_table(results: dict[str, Any]) -> str:
     """Teacher, before and after, a line for each score."""
     table = pandas.DataFrame({name: results[name] for name in ("teacher", "before", "after")})
-    table["gap recovered"] = pandas.Series(results["gap_recovered"], dtype=float).map(
-        "{:.1%}".format
-    )
+    gaps = pandas.Series(results["gap_recovered"], dtype=float)
+    table["gap recovered"] = gaps.map("{:.1%}".format)
     return table_text(table.reindex(list(results["after"])))
 
 

@@ -482,8 +482,8 @@ BAD_ROWS = [
     ({"prompt": "q", "response": 5}, "object with role and content"),
     ({"prompt": "q", "response": ["a", "b"]}, "two assistant turns"),
     ({"prompt": "q", "references": "a"}, "references must be a list"),
-    ({"prompt": "q", "references": [None]}, "strings, not NoneType"),
-    ({"prompt": "q", "reference": 7}, "strings, not int"),
+    ({"prompt": "q", "references": [None]}, "a string, not NoneType"),
+    ({"prompt": "q", "reference": 7}, "a string, not int"),
 ]
 
 

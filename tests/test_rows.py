@@ -204,7 +204,7 @@ BAD = [
     ({"prompt": "q", "tools": [{"type": "function"}]}, "the name of a tool"),
     ({"prompt": "q", "tools": [5]}, "must be an object"),
     ({"prompt": "q", "system": ["s"]}, "system must be a string, not list"),
-    ({"prompt": "q", "references": [{}]}, "references must be strings, not dict"),
+    ({"prompt": "q", "references": [{}]}, "a reference must be a string, not dict"),
     ({"prompt": "q", "completion": {"value": "a"}}, "role of a turn is None"),
     ({"prompt": "q", "completion": [USER]}, "not an assistant"),
     ({"prompt": [USER, ANSWER], "completion": "b"}, "two assistant turns"),
