@@ -1909,11 +1909,12 @@ def completion_examples(
     itself, and its tokens stand in for those of an API teacher.
     """
     shared, examples, names = pair.same_vocabulary, [], _control(pair.readers[-1].tokenizer)
-    found = [names.search(c.text) for c in completions if c.ids and not shared]
+    by_api = isinstance(pair.teacher, Server)
+    found = [names.search(c.text) for c in completions if (c.ids or by_api) and not shared]
     if marked := [match[0] for match in found if match]:
         PartialState().print(
-            f"{len(marked)} of {len(completions)} answers of {pair.readers[-1].name} hold control "
-            f"tokens (such as {marked[0]}), which the student reads as text"
+            f"{len(marked)} of {len(completions)} answers of the teacher hold control tokens (such "
+            f"as {marked[0]}), which the student reads as text"
         )
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         text, written, sides = completion.text, completion.ids, []
@@ -2540,9 +2541,12 @@ class Server:
 
         async def run() -> None:
             workers = max(1, self.args.api_concurrency // PartialState().num_processes)
-            async with self.openai.AsyncOpenAI(
-                base_url=self.base_url, api_key=self.key or "none", max_retries=0, timeout=None,
-            ) as client:  # fmt: skip
+            where = f"{self.base_url} (its proxy or certificates, set in the environment)"
+            with usage_error(where, ImportError, ValueError, OSError):
+                client = self.openai.AsyncOpenAI(
+                    base_url=self.base_url, api_key=self.key or "none", max_retries=0, timeout=None
+                )
+            async with client:
                 if not self.greeted:
                     await self.greet(client)
                 await asyncio.gather(*(worker(client) for _ in range(workers)))
@@ -2558,7 +2562,11 @@ class Server:
             pause = min(FIRST_PAUSE * 2**attempt, LAST_PAUSE)
             try:
                 async with asyncio.timeout(self.args.api_timeout):
-                    reply = json.loads(await self.send(client, request))
+                    raw = await self.send(client, request)
+                try:
+                    reply = json.loads(raw)
+                except ValueError:
+                    raise ValueError(f"no JSON: {raw[:200].decode(errors='replace')!r}") from None
                 try:
                     return read(reply)
                 except (AttributeError, TypeError, LookupError, OverflowError):
@@ -2570,8 +2578,11 @@ class Server:
                 self.lost |= status in {502, 503}  # of a proxy before a server that restarts
                 if not passes or problem.code == "insufficient_quota":
                     raise NoAnswer(reason, status) from None
+                if status == 429:  # many quotas are those of a minute
+                    pause = min(FIRST_PAUSE * 2**attempt, 8 * LAST_PAUSE)
                 after = problem.response.headers.get("retry-after", "")  # seconds, or a date
-                pause = max(pause, float(after) if after.isdecimal() else 0.0)
+                with contextlib.suppress(ValueError):
+                    pause = max(pause, float(after))
                 if pause > LONGEST_PAUSE:
                     break
             except TimeoutError:
@@ -2594,7 +2605,8 @@ class Server:
         """The error that ends the run."""
         later = f"gave no answer in {ATTEMPTS} attempts, run the same command again later"
         key = f"refuses the key in {KEY}" if self.key else f"wants a key: set {KEY}"
-        causes = {401: key, 403: key, 404: f"has no {self.args.api_model}", None: later}
+        causes = {401: key, 403: key, None: later}
+        causes[404] = f"has no {self.args.api_model}, or no such path (most addresses end in /v1)"
         cause = cause or causes.get(problem.status, "refuses the request")
         return UsageError(f"{self.base_url} {cause}: {problem}")
 
@@ -2608,6 +2620,9 @@ class Server:
                     part.pop("input", None)  # the request
             body = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)
             words = f"{words}: {body}"
+        elif isinstance(body, dict):  # OpenRouter's reason, and the parameter that is meant
+            more = {k: body[k] for k in ("param", "metadata") if body.get(k)}
+            words += f" {json.dumps(more, ensure_ascii=False)}" * bool(more)
         if isinstance(problem, self.openai.APIConnectionError):
             while problem := problem.__cause__ or problem.__context__:
                 words = str(problem) or words  # the innermost cause tells most

@@ -40,6 +40,7 @@ from common import Batch, Completion, Example, Flags, LanguageModel, UsageError,
 OBJECTIVE = common.Objective(ce_weight=1.0)
 FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"}  # finish_reasons
 CUT = {"length", "max_tokens", "model_length"}
+PASSING = {"abort", "error", "network_error", "insufficient_system_resource"}  # faults of a server
 
 
 @dataclass
@@ -159,7 +160,8 @@ def select(
     dropped = [f"{n} {name.replace('_', ' ')}" for name, n in counts.items()][2:]
     summary = f"{len(kept)} of {len(answers)} answers kept ({', '.join(dropped)})"
     if not kept:
-        raise UsageError(f"nothing is left to learn from: {summary}")
+        advice = "; --max-new-tokens cuts them" * (2 * counts["cut_short"] > len(answers))
+        raise UsageError(f"nothing is left to learn from: {summary}{advice}")
     tokens = sum(len(e.student.targets) for e in kept)
     PartialState().print(f"training text: {summary}, {tokens} target tokens")
     return kept, dict(counts)
@@ -188,7 +190,7 @@ class ApiTeacher(common.Server):
 
     def __init__(self, args: Arguments, student: LanguageModel) -> None:
         super().__init__(args, student)
-        self.limit, self.takes_seed = "max_tokens", True
+        self.limit, self.left_out = "max_tokens", set[str]()  # settings that it does not take
 
     def complete(
         self, prompts: Sequence[common.Prompt], args: Arguments, **sampling: Any
@@ -215,26 +217,27 @@ class ApiTeacher(common.Server):
             try:
                 answer = await self.ask(client, request, partial(self.completion, hello))
                 if answer.finished is None:
-                    raise common.NoAnswer(answer.text, None)
+                    raise common.NoAnswer(answer.text, 200)
             except common.NoAnswer as problem:
                 self._adapt(problem, request)
                 return await self.greet(client)
         self.greeted = True
 
     def _adapt(self, problem: common.NoAnswer, request: dict[str, Any]) -> None:
-        """Leave out or rename what a refusal names, if the student learns the same; else
-        `UsageError`."""
+        """Leave out or rename what a refusal names; `UsageError` if that would change the text."""
         named = str(problem) if problem.status in {400, 422} else ""
+        sent = request | request.get("extra_body", {})
         if "max_completion_tokens" in named and self.limit == "max_tokens":
             self.limit = "max_completion_tokens"
-        elif "seed" in named and self.takes_seed:
-            self.takes_seed = False
-            PartialState().print(f"{self.base_url} takes no seed: other runs get other samples")
-        elif "temperature" in named and request["temperature"] == 0:
-            advice = "takes no temperature 0 (--api-greedy-temperature 1 asks for samples)"
-            raise self.refused(problem, advice)
-        else:
-            raise self.refused(problem)
+            return
+        for name in ("seed", "chat_template_kwargs", "temperature"):
+            if name in named and name in sent and (name != "temperature" or sent[name] == 1):
+                self.left_out.add(name)
+                PartialState().print(f"{self.base_url} takes no {name}, so it is left out")
+                return
+        advice = "takes no temperature 0 (--api-greedy-temperature 1 asks for samples)"
+        cold = "temperature" in named and sent.get("temperature") == 0
+        raise self.refused(problem, advice if cold else "")
 
     def request(
         self, key: str, prompt: common.Prompt, temperature: float, top_p: float = 1.0, **_: Any
@@ -242,14 +245,16 @@ class ApiTeacher(common.Server):
         talk = prompt.conversation
         turns = [{f: m[f] for f in ("role", "content", "name") if f in m} for m in talk.messages]
         request = {"model": self.args.api_model, "messages": turns, "temperature": temperature}
-        if talk.options:  # as vLLM, SGLang and llama.cpp name them
+        if (
+            talk.options and "chat_template_kwargs" not in self.left_out
+        ):  # as vLLM, SGLang and llama.cpp name them
             request["extra_body"] = {"chat_template_kwargs": talk.options}
         request[self.limit] = self.args.max_new_tokens
         if temperature and top_p < 1:
             request["top_p"] = top_p
-        if temperature and self.takes_seed:
+        if temperature:
             request["seed"] = common.row_seed(self.args.seed, key) & 0x7FFFFFFF  # some take 31 bits
-        return request
+        return {name: value for name, value in request.items() if name not in self.left_out}
 
     def completion(self, prompt: common.Prompt, reply: Any) -> Completion:
         """What the server wrote, or its refusal; an error for what is no completion."""
@@ -257,12 +262,15 @@ class ApiTeacher(common.Server):
         message, reason = choice["message"], choice["finish_reason"].lower()
         text = message.get("content") or ""
         reasoning = message.get("reasoning_content") or message.get("reasoning")
+        if isinstance(text, list):  # Mistral's way to part reasoning from an answer
+            reasoning = "".join(p["text"] for part in text for p in part.get("thinking", []))
+            text = "".join(part["text"] for part in text if part["type"] != "thinking")
         if reasoning:  # some servers part it from the answer: joined as the model wrote it
             text = f"<think>\n{reasoning.strip()}\n</think>\n\n{text.lstrip()}"
         text = text.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair
         length = (reply.get("usage") or {}).get("completion_tokens")
-        if reason == "abort":  # of a server that stops
-            raise ValueError("finish_reason abort")
+        if reason in PASSING:
+            raise ValueError(f"finish_reason {reason}: {json.dumps(message)}")
         if reason not in FINISHED | CUT or (message.get("refusal") and not text):
             return Completion(self.scrubbed(f"{reason}: {json.dumps(message)}"), None, 0, None)
         if not (isinstance(length, int) and length < 2**31):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -387,19 +388,22 @@ BAD = {
     "reset": (reset, ".*Connection reset by peer"),
     "loop": (gone, ".*redirects"),
     "half": (half_json, "no completion: "),
-    "page": (page, "no completion: Expecting value"),
+    "page": (page, "no completion: no JSON: '<html"),
     "deep": (b"[" * 100_000, "no completion: "),
-    "nothing": (b"", "no completion: Expecting value"),
+    "nothing": (b"", "no completion: no JSON: ''"),
     "no choices": ({"choices": []}, r'no completion: {"choices": \[\]}'),
     "error": ({"error": {"message": f"upstream {KEY}"}}, r"no completion: .*upstream \[key\]"),
     "dictionary": ({"choices": {"0": 1}}, "no completion: "),
-    "parts": (completion([{"type": "text", "text": "N"}]), "no completion: .*text"),
+    "parts": (completion([{"type": "image", "url": "N"}]), "no completion: .*image"),
     "strange": (completion("N", reasoning_content={"text": "N"}), "no completion: "),
     "number": (completion(5), "no completion: "),
     "unfinished": (completion("N", None), "no completion: "),
     "stopped": (completion("N", "content_filter"), "content_filter: .*N"),
     "safety": (completion(None, "SAFETY"), "safety: "),
-    "broken": (completion("N", "error"), "error: .*N"),
+    "broken": (completion("N", "error"), "no completion: finish_reason error: .*N"),
+    "provider": ((400, {}, json.dumps({"error": {
+        "message": "Provider returned error", "metadata": {"raw": "too hot"}}}).encode()),
+        r"\(400\) .*Provider returned error .*too hot"),
     "call": (completion(None, "tool_calls", tool_calls=[]), "tool_calls: "),
     "refused": (completion(None, refusal="I cannot"), "stop: .*I cannot"),
 }  # fmt: skip
@@ -478,7 +482,7 @@ REVOKED = {
     "key": (status(401, "revoked"), "refuses the key"),
     "money": (status(402, "no money"), "refuses the request"),
     "credit": (status(400, "your credit balance is too low"), "refuses the request: .*credit"),
-    "model": (status(404, "it was retired"), "has no m: "),
+    "model": (status(404, "it was retired"), "has no m, or no such path"),
 }
 
 
@@ -530,7 +534,7 @@ def test_no_reply_is_a_traceback(serve, ask, monkeypatch):
     [
         (status(401, f"bad key {KEY}"), r"refuses the key in OPENAI_API_KEY: \(401\).*\[key\]"),
         (status(403, f"{'x' * 285} {KEY}"), r"refuses the key in OPENAI_API_KEY: \(403\)"),
-        (status(404, "unknown model m"), r"has no m: \(404\).*unknown model m"),
+        (status(404, "unknown model m"), r"has no m, or no such path .*: \(404\).*unknown model m"),
         (status(400, "context too long"), r"refuses the request: \(400\).*context too long"),
         (status(402, "no money"), r"refuses the request: \(402\)"),
         (status(429, "later", Retry_After="86400"),
@@ -617,6 +621,40 @@ def test_what_a_server_does_not_take_is_left_out(form: str, serve, ask, capsys):
     assert [a.text for a in answers] == ["a 128", "b 128", "c 128"]
     assert len(server.log) == 3
     assert capsys.readouterr().out.count("takes no seed") == 1
+
+
+def test_settings_that_are_left_out(serve, ask, capsys):
+    """The student's template arguments, and a temperature of 1, which is the API's own."""
+
+    def reply(body: dict[str, Any], _: int) -> Any:
+        for name in ("chat_template_kwargs", "temperature"):
+            if name in body:
+                return status(400, f"unknown argument: {name}")
+        return completion(word_of(body))
+
+    server = serve(reply, greetings=True)
+    flags = {"api_greedy_temperature": 1.0, "template_kwargs": '{"enable_thinking": false}'}
+    assert [a.text for a in ask(server, ["a", "b"], 1.0, **flags)] == ["a", "b"]
+    said = capsys.readouterr().out
+    assert all(f"takes no {name}, so" in said for name in ("chat_template_kwargs", "temperature"))
+
+
+def test_reasoning_in_parts(serve, ask):
+    """As Mistral's models answer."""
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+    server = serve(lambda *_: completion([thought, {"type": "text", "text": "N"}]))
+    assert [a.text for a in ask(server, ["a"])] == ["<think>\nhm\n</think>\n\nN"]
+
+
+def test_a_quota_of_a_minute(serve, ask, monkeypatch):
+    """Pauses grow beyond those of other faults, and fractions of a second are read."""
+    pauses, sleep = [], asyncio.sleep
+    monkeypatch.setattr(common.asyncio, "sleep", lambda s: pauses.append(s) or sleep(0))
+    headers = iter([{}] * 6 + [{"Retry_After": "59.5"}])
+    server = serve(lambda _, n: completion("N") if n == 7 else status(429, **next(headers)))
+    assert ask(server, ["a"])[0].text == "N"
+    grown = [0.02 * 2**n for n in range(6)]
+    assert [p for p in pauses if p] == pytest.approx([*grown, 59.5])
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_control_tokens_in_a_teachers_text_are_letters(tokenizer, capsys):
         (example,) = common.completion_examples(prompts, [answer], pair, 200)
         assert learned(student, example.student) == TRICKY + "<|im_end|>"
         assert len(example.student.targets) == len(TRICKY) + 1
-        said = "1 of 1 answers of tiny hold control tokens (such as <|pad|>)"
+        said = "1 of 1 answers of the teacher hold control tokens (such as <|pad|>)"
         assert (said in capsys.readouterr().out) == (written is not None)
 
 
