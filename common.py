@@ -91,6 +91,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -264,7 +265,7 @@ def check_arguments(args: Flags) -> None:
                 "max_new_tokens", "generation_batch_size", "logging_steps", "api_top_logprobs",
                 "api_concurrency", "api_timeout"}  # fmt: skip
     for name, value in vars(args).items():
-        if isinstance(value, str) and (not value or value.startswith("~/")):
+        if isinstance(value, str) and (not value or re.match(r"~\w*(/|$)", value)):
             advice = "a shell replaces ~ only at the beginning of a word"
             raise UsageError(f"{as_flag(name)} is {value!r}" + f": {advice}" * bool(value))
         if isinstance(value, bool) or not isinstance(value, int | float) or name == "max_steps":
@@ -559,7 +560,8 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
     if messages[0]["role"] != "system" and (system := take("system", "system_prompt", kind=str)):
         messages.insert(0, {"role": "system", "content": system})
     references, reference = take("references", kind=list), take("reference")
-    own = [answer["content"]] if answer is not None and "tool_calls" not in answer else []
+    wanted = answer is not None and record.get("label") is not False  # as in KTO's data sets
+    own = [answer["content"]] if wanted and "tool_calls" not in answer else []
     references, results, own = (
         [r for r in texts if final_text(_parsed(r, str, "a reference")).strip()]
         for texts in (references or [reference] * (reference is not None), results, own)
@@ -1221,10 +1223,14 @@ def open_model(
     return model
 
 
+SCALES = {"weight_scale", "weight_scale_inv", "weight_packed", "qweight", "scales", "input_scale"}
+
+
 def model_class(config: PreTrainedConfig) -> Any:
     """That of language models, or of those with a vision tower that transformers has only so."""
     plain = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForCausalLM if plain else AutoModelForImageTextToText
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not plain
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def load_weights(model: LanguageModel, args: Flags, revision: str, dtype: str) -> PreTrainedModel:
@@ -1243,13 +1249,15 @@ def load_weights(model: LanguageModel, args: Flags, revision: str, dtype: str) -
             f"{model.name} lacks {len(missing)} tensors of the shape that its config.json asks for "
             f"(they would be random); the first is {missing[0]}"
         )
-    known = weights.state_dict().keys()
-    beside = [k for k in sorted(report["unexpected_keys"]) if not k.endswith(".weight")]
-    if beside := [k for k in beside if f"{k.rpartition('.')[0]}.weight" in known]:
-        raise UsageError(
-            f"{model.name} has tensors that transformers would leave out, so that it would compute "
-            f"something else (quantised by another tool?); the first is {beside[0]}"
-        )
+    known, prefixes = weights.state_dict().keys(), ("", f"{weights.base_model_prefix}.")
+    for name in sorted(report["unexpected_keys"]):
+        layer, _, kind = name.rpartition(".")
+        beside = any(f"{prefix}{layer}.weight" in known for prefix in prefixes)
+        if kind in SCALES or (kind != "weight" and beside):
+            raise UsageError(
+                f"{model.name} has the tensor {name}, which transformers would leave out: it would "
+                "compute something else (was it quantised by another tool?)"
+            )
     head, layer = None, weights.get_output_embeddings()
     if not model.spread:
         weights.to(model.device)
@@ -1389,11 +1397,9 @@ def freeze_unreached(student: LanguageModel) -> None:
     Experts without a token are not frozen: they are slices of one parameter and get zeros.
     """
     trained = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
-    student.model.train()  # some models read other weights then
     with usage_error(f"cannot train {student.name}", Exception):  # with adapters, for example
         logits = student.logits(collate([Tokens([1, 2, 3, 4], [2, 3])], student.device))[:]
         gradients = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
-    student.model.eval()
     left = [name for name, g in zip(trained, gradients, strict=True) if g is None]
     for name in left:
         trained[name].requires_grad_(False)
@@ -2011,7 +2017,7 @@ def _unrendered(response: Message, prompt: str) -> str:
         )
     reasoning, text = response.get("reasoning_content"), response["content"]
     text = f"<think>\n{reasoning.strip()}\n</think>\n\n{text}" if reasoning else text
-    if prompt.rstrip().endswith("</think>") and re.match(r"\s*<think>\s+(?!</think>)\S", text):
+    if prompt.rstrip().endswith("</think>") and re.match(r"\s*<think>(?!\s*</think>)", text):
         raise UsageError("the answer reasons, and its generation prompt has closed </think>")
     return text
 
@@ -2566,7 +2572,7 @@ class Server:
                 try:
                     reply = json.loads(raw)
                 except ValueError:
-                    raise ValueError(f"no JSON: {raw[:200].decode(errors='replace')!r}") from None
+                    raise ValueError(f"no JSON: {raw.decode(errors='replace')}") from None
                 try:
                     return read(reply)
                 except (AttributeError, TypeError, LookupError, OverflowError):

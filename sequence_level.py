@@ -160,8 +160,7 @@ def select(
     dropped = [f"{n} {name.replace('_', ' ')}" for name, n in counts.items()][2:]
     summary = f"{len(kept)} of {len(answers)} answers kept ({', '.join(dropped)})"
     if not kept:
-        advice = "; --max-new-tokens cuts them" * (2 * counts["cut_short"] > len(answers))
-        raise UsageError(f"nothing is left to learn from: {summary}{advice}")
+        raise UsageError(f"nothing is left to learn from: {summary} (--max-new-tokens cuts short)")
     tokens = sum(len(e.student.targets) for e in kept)
     PartialState().print(f"training text: {summary}, {tokens} target tokens")
     return kept, dict(counts)
@@ -224,20 +223,19 @@ class ApiTeacher(common.Server):
         self.greeted = True
 
     def _adapt(self, problem: common.NoAnswer, request: dict[str, Any]) -> None:
-        """Leave out or rename what a refusal names; `UsageError` if that would change the text."""
+        """Leave out or rename what a refusal names, and say so; `UsageError` for what must stay."""
         named = str(problem) if problem.status in {400, 422} else ""
-        sent = request | request.get("extra_body", {})
+        sent, temperature = request | request.get("extra_body", {}), request.get("temperature")
         if "max_completion_tokens" in named and self.limit == "max_tokens":
             self.limit = "max_completion_tokens"
             return
         for name in ("seed", "chat_template_kwargs", "temperature"):
-            if name in named and name in sent and (name != "temperature" or sent[name] == 1):
+            if name in named and name in sent and (name != "temperature" or temperature == 1):
                 self.left_out.add(name)
                 PartialState().print(f"{self.base_url} takes no {name}, so it is left out")
                 return
         advice = "takes no temperature 0 (--api-greedy-temperature 1 asks for samples)"
-        cold = "temperature" in named and sent.get("temperature") == 0
-        raise self.refused(problem, advice if cold else "")
+        raise self.refused(problem, advice * ("temperature" in named and temperature == 0))
 
     def request(
         self, key: str, prompt: common.Prompt, temperature: float, top_p: float = 1.0, **_: Any
@@ -254,7 +252,8 @@ class ApiTeacher(common.Server):
             request["top_p"] = top_p
         if temperature:
             request["seed"] = common.row_seed(self.args.seed, key) & 0x7FFFFFFF  # some take 31 bits
-        return {name: value for name, value in request.items() if name not in self.left_out}
+        left_out = self.left_out - ({"temperature"} if temperature != 1 else set())
+        return {name: value for name, value in request.items() if name not in left_out}
 
     def completion(self, prompt: common.Prompt, reply: Any) -> Completion:
         """What the server wrote, or its refusal; an error for what is no completion."""
@@ -263,7 +262,8 @@ class ApiTeacher(common.Server):
         text = message.get("content") or ""
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         if isinstance(text, list):  # Mistral's way to part reasoning from an answer
-            reasoning = "".join(p["text"] for part in text for p in part.get("thinking", []))
+            thoughts = "".join(p["text"] for part in text for p in part.get("thinking", []))
+            reasoning = thoughts or reasoning
             text = "".join(part["text"] for part in text if part["type"] != "thinking")
         if reasoning:  # some servers part it from the answer: joined as the model wrote it
             text = f"<think>\n{reasoning.strip()}\n</think>\n\n{text.lstrip()}"

@@ -388,9 +388,9 @@ BAD = {
     "reset": (reset, ".*Connection reset by peer"),
     "loop": (gone, ".*redirects"),
     "half": (half_json, "no completion: "),
-    "page": (page, "no completion: no JSON: '<html"),
+    "page": (page, "no completion: no JSON: <html"),
     "deep": (b"[" * 100_000, "no completion: "),
-    "nothing": (b"", "no completion: no JSON: ''"),
+    "nothing": (b"", "no completion: no JSON:"),
     "no choices": ({"choices": []}, r'no completion: {"choices": \[\]}'),
     "error": ({"error": {"message": f"upstream {KEY}"}}, r"no completion: .*upstream \[key\]"),
     "dictionary": ({"choices": {"0": 1}}, "no completion: "),
@@ -639,11 +639,37 @@ def test_settings_that_are_left_out(serve, ask, capsys):
     assert all(f"takes no {name}, so" in said for name in ("chat_template_kwargs", "temperature"))
 
 
+@pytest.mark.parametrize("greedy", [0.0, 0.01])
+def test_a_temperature_is_left_out_only_where_it_is_1(
+    greedy: float, serve, tiny, tmp_path, monkeypatch
+):
+    """A server that takes no temperature beside a nucleus: greedy answers stay greedy."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def reply(body: dict[str, Any], _: int) -> Any:
+        both = "temperature" in body and "top_p" in body
+        return status(400, "temperature and top_p") if both else completion("N")
+
+    server = serve(reply, greetings=True)
+    args = sequence_level.Arguments(
+        api_base_url=server.url, api_model="m", cache_dir=str(tmp_path), sampling_temperature=1.0,
+        top_p=0.9, api_greedy_temperature=greedy,
+    )  # fmt: skip
+    teacher = sequence_level.ApiTeacher(args, tiny("llama"))
+    prompts = [Prompt(Conversation([{"role": "user", "content": "a"}], None, [], "a"), [5], [5])]
+    for temperature, top_p in ((1.0, 0.9), (greedy, 1.0)):
+        sampling = {"temperature": temperature, "top_p": top_p, "purpose": "test"}
+        teacher.complete(prompts, args, **sampling)
+    assert [body.get("temperature") for _, body in server.log] == [None, greedy]
+
+
 def test_reasoning_in_parts(serve, ask):
     """As Mistral's models answer."""
     thought = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
-    server = serve(lambda *_: completion([thought, {"type": "text", "text": "N"}]))
-    assert [a.text for a in ask(server, ["a"])] == ["<think>\nhm\n</think>\n\nN"]
+    answer = {"type": "text", "text": "N"}
+    for parts, more in (([thought, answer], {}), ([answer], {"reasoning_content": "hm"})):
+        server = serve(lambda *_, parts=parts, more=more: completion(parts, **more))
+        assert [a.text for a in ask(server, ["a"])] == ["<think>\nhm\n</think>\n\nN"]
 
 
 def test_a_quota_of_a_minute(serve, ask, monkeypatch):

@@ -383,10 +383,12 @@ def test_no_answer_is_no_reference(text: str, tmp_path: Path):
 
 @pytest.mark.parametrize("mark", ["weight", "train", "loss", "label"])
 def test_unwanted_answers_are_not_learned(mark: str, tmp_path: Path):
-    """OpenAI's, axolotl's and AgentInstruct's marks of a turn; KTO's of a row."""
+    """OpenAI's, axolotl's and AgentInstruct's marks of a turn; KTO's of a row, whose answer is no
+    reference either."""
     answer = ANSWER if mark == "label" else ANSWER | {mark: False}
     row = {"prompt": [USER], "completion": [answer]} | ({"label": False} if mark == "label" else {})
     path = write_rows(tmp_path / "rows.jsonl", [row])
+    assert common.load_conversations(path)[0].references == ([] if mark == "label" else ["a"])
     with pytest.raises(UsageError, match=r"rows.jsonl:1: all assistant turns are learned"):
         common.load_data(sequence_level.Arguments(dataset=path, completions="dataset"))
 

@@ -397,8 +397,9 @@ def test_an_answer_after_a_cue_that_has_closed_reasoning(block: str, source: str
     if source == "api":  # what a teacher has written does not end the run
         assert learned(model, example_of(REASONED).student) == REASONED + "<|im_end|>"
     else:
-        with pytest.raises(common.UsageError, match=r"rows.jsonl:1: the answer reasons"):
-            example_of(REASONED)
+        for text in (REASONED, "<think>hm</think>four"):
+            with pytest.raises(common.UsageError, match=r"rows.jsonl:1: the answer reasons"):
+                example_of(text)
 
 
 def test_every_example_begins_with_its_prompt():
