@@ -266,8 +266,8 @@ def check_arguments(args: Flags) -> None:
                 "api_concurrency", "api_timeout"}  # fmt: skip
     for name, value in vars(args).items():
         if isinstance(value, str) and (not value or re.match(r"~\w*(/|$)", value)):
-            advice = "a shell replaces ~ only at the beginning of a word"
-            raise UsageError(f"{as_flag(name)} is {value!r}" + f": {advice}" * bool(value))
+            problem = f"{value}: a shell replaces ~ only at the beginning of a word"
+            raise UsageError(f"{as_flag(name)} is {problem if value else 'empty'}")
         if isinstance(value, bool) or not isinstance(value, int | float) or name == "max_steps":
             continue
         if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
@@ -569,7 +569,8 @@ def _as_conversation(record: Any, source: str, unused: Counter[str]) -> Conversa
     options = take("chat_template_kwargs", kind=dict)
     if tools:
         options = options | {"tools": [_as_function(tool) for tool in tools]}
-    unused.update(record.keys() - ({"answer"} if results else set()))
+    used = {"answer": results, "label": record.get("label") is False}
+    unused.update(record.keys() - {name for name, is_used in used.items() if is_used})
     record = {k: v.get(NOT_TEXT, v) if isinstance(v, dict) else v for k, v in record.items()}
     return Conversation(messages, answer, references or results or own, source, options, record)
 
@@ -1009,8 +1010,8 @@ class LanguageModel:
         return Head(weight, bias, scale, getattr(config, "final_logit_softcapping", None))  # Gemma
 
     def autocast(self) -> torch.autocast:
-        """Computing in `compute_dtype`, if that is not the weights'. Its cache would hold the casts
-        of all layers until the forward pass ends, although each is used once."""
+        """Computing in `compute_dtype`, if that is not the weights', without autocast's cache: it would
+        hold the casts of all layers until the forward pass ends, and each is used once."""
         mixed = self.compute_dtype != self.model.dtype
         kind = self.device.type
         return torch.autocast(kind, self.compute_dtype, enabled=mixed, cache_enabled=False)
@@ -1158,9 +1159,8 @@ def end_of_turn_ids(tokenizer: Tokenizer, *configs: Any, **options: Any) -> list
     ids = tokenize(tokenizer, after)[0]
     words = [n for n, i in enumerate(ids) if i not in added and tokenizer.decode(i).strip()]
     last = ids[words[-1] + 1 :] if words else ids  # those before may close a part of the answer
-    last, ids = ([i for i in x if i in added and added[i].content.strip()] for x in (last, ids))
-    ids = last or ids
-    ids = sorted(ids, key=lambda i: not added[i].special)[:1]
+    last, every = ([i for i in x if i in added and added[i].content.strip()] for x in (last, ids))
+    ids = sorted(last or every, key=lambda i: not added[i].special)[:1]
     for end in (tokenizer.eos_token_id, *(getattr(c, "eos_token_id", None) for c in configs)):
         ids += end if isinstance(end, list) else [] if end is None else [end]
     return list(dict.fromkeys(ids))
@@ -1223,6 +1223,7 @@ def open_model(
     return model
 
 
+# What quantised checkpoints have beside their weights, or in place of them.
 SCALES = {"weight_scale", "weight_scale_inv", "weight_packed", "qweight", "scales", "input_scale"}
 
 

@@ -40,7 +40,7 @@ from common import Batch, Completion, Example, Flags, LanguageModel, UsageError,
 OBJECTIVE = common.Objective(ce_weight=1.0)
 FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"}  # finish_reasons
 CUT = {"length", "max_tokens", "model_length"}
-PASSING = {"abort", "error", "network_error", "insufficient_system_resource"}  # faults of a server
+PASSING = {"abort", "error", "network_error", "insufficient_system_resource"}  # to be asked again
 
 
 @dataclass
@@ -160,7 +160,7 @@ def select(
     dropped = [f"{n} {name.replace('_', ' ')}" for name, n in counts.items()][2:]
     summary = f"{len(kept)} of {len(answers)} answers kept ({', '.join(dropped)})"
     if not kept:
-        raise UsageError(f"nothing is left to learn from: {summary} (--max-new-tokens cuts short)")
+        raise UsageError(f"nothing is left to learn from: {summary}; see --max-new-tokens")
     tokens = sum(len(e.student.targets) for e in kept)
     PartialState().print(f"training text: {summary}, {tokens} target tokens")
     return kept, dict(counts)
@@ -189,7 +189,7 @@ class ApiTeacher(common.Server):
 
     def __init__(self, args: Arguments, student: LanguageModel) -> None:
         super().__init__(args, student)
-        self.limit, self.left_out = "max_tokens", set[str]()  # settings that it does not take
+        self.limit, self.left_out = "max_tokens", set[str]()  # settings that the server refuses
 
     def complete(
         self, prompts: Sequence[common.Prompt], args: Arguments, **sampling: Any
@@ -243,9 +243,8 @@ class ApiTeacher(common.Server):
         talk = prompt.conversation
         turns = [{f: m[f] for f in ("role", "content", "name") if f in m} for m in talk.messages]
         request = {"model": self.args.api_model, "messages": turns, "temperature": temperature}
-        if (
-            talk.options and "chat_template_kwargs" not in self.left_out
-        ):  # as vLLM, SGLang and llama.cpp name them
+        # As vLLM, SGLang and llama.cpp name them.
+        if talk.options and "chat_template_kwargs" not in self.left_out:
             request["extra_body"] = {"chat_template_kwargs": talk.options}
         request[self.limit] = self.args.max_new_tokens
         if temperature and top_p < 1:

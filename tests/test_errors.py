@@ -260,7 +260,7 @@ CASES = [
     # directories
     Case("a tilde that the shell has left", "--output-dir=~/x", ["--output-dir", "~/x", "shell"]),
     Case("a tilde alone", "--output-dir=~", ["--output-dir", "shell"]),
-    Case("an empty value", "--dataset=", ["--dataset is ''"]),
+    Case("an empty value", "--dataset=", ["--dataset is empty"]),
     Case("no steps", "--max-steps 0", ["--max-steps must be 1 or more"]),
     Case("runs on a disk that is gone", "--cache-dir good.jsonl.cache", ["cannot", "runs"],
          prepare=lambda tmp: (tmp / "runs").symlink_to(tmp / "gone")),
