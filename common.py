@@ -1010,8 +1010,8 @@ class LanguageModel:
         return Head(weight, bias, scale, getattr(config, "final_logit_softcapping", None))  # Gemma
 
     def autocast(self) -> torch.autocast:
-        """Computing in `compute_dtype`, if that is not the weights', without autocast's cache: it would
-        hold the casts of all layers until the forward pass ends, and each is used once."""
+        """Computing in `compute_dtype`, if that is not the weights'. No cache of casts, which would
+        hold all layers until the forward pass ends, although each is used once."""
         mixed = self.compute_dtype != self.model.dtype
         kind = self.device.type
         return torch.autocast(kind, self.compute_dtype, enabled=mixed, cache_enabled=False)
