@@ -102,8 +102,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StaticCache,
     masking_utils,
 )
+from transformers.cache_utils import StaticLayer
 from transformers.integrations import moe
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
@@ -956,7 +958,7 @@ class LanguageModel:
     states_dir: Path | None = None  # cache of its head and hidden states; None: not cached
     cached_head: Head | None = None  # used while the model is not loaded
     adapters: Any = None  # peft's wrapper of `model`, if LoRA is trained
-    has_cache: bool = True  # False: generation reads the whole text for every token
+    cache: type[DynamicCache | StaticCache] | None = DynamicCache  # of generation: `caches_for`
     directory: Path | None = None  # where its files lie
     opens: str = ""  # the tag that its generation prompt opens: see `opened_tag`
     copies: tuple[PreTrainedModel, Any] | None = None  # of model and adapters: `inference_copy`
@@ -1270,10 +1272,10 @@ def load_weights(model: LanguageModel, args: Flags, revision: str, dtype: str) -
     loaded = dataclasses.replace(model, load=lambda _: weights.eval(), cached_head=head)
     check_head(loaded)
     model.cached_head = head or model.cached_head
-    model.has_cache = cache_is_exact(loaded)
-    if not model.has_cache:
-        kind = type(weights).__name__
-        PartialState().print(f"{model.name}: text is generated without {kind}'s cache, slowly")
+    model.cache = next((kind for kind in caches_for(loaded) if cache_is_exact(loaded, kind)), None)
+    if model.cache is not caches_for(loaded)[0]:
+        lack = "CUDA graphs" if model.cache else f"{type(weights).__name__}'s cache, slowly"
+        PartialState().print(f"{model.name}: text is generated without {lack}")
     return weights
 
 
@@ -1302,7 +1304,21 @@ def check_head(model: LanguageModel) -> None:
         )
 
 
-def cache_is_exact(model: LanguageModel) -> bool:
+def caches_for(model: LanguageModel) -> list[type[DynamicCache | StaticCache]]:
+    """Kinds of caches of text generation to try, fastest first.
+
+    A CUDA graph needs a fixed size, and a length that is counted on the GPU, as `StaticLayer` does.
+    """
+    if model.device.type != "cuda":
+        return [DynamicCache]
+    if model.spread or not model.model._can_compile_fullgraph:
+        return [MaskedCache]
+    layers = StaticCache(model.config.get_text_config(), max_cache_len=1).layers
+    fixed = all(type(layer) is StaticLayer for layer in layers)
+    return [StaticCache, MaskedCache] if fixed else [MaskedCache]
+
+
+def cache_is_exact(model: LanguageModel, kind: type[DynamicCache | StaticCache]) -> bool:
     """Whether text generation sees the logits that the model computes without a cache.
 
     Tried on two prompts of unequal length and given answers, of which one is shorter.
@@ -1320,7 +1336,7 @@ def cache_is_exact(model: LanguageModel) -> bool:
     with usage_error(f"cannot use {model.name}", RuntimeError), model.evaluating():
         expected = model.logits(batch)[:]  # (4 + 16, V)
         try:
-            tried = dataclasses.replace(model, end_ids=[0], load=lambda _: model.model)
+            tried = dataclasses.replace(model, end_ids=[0], load=lambda _: model.model, cache=kind)
             _generate_batch(tried, prompts, draws, choose)
         except Exception:  # a model may raise whatever it likes about its cache
             return False
@@ -2176,6 +2192,22 @@ class MaskedCache(DynamicCache):
     is_compileable = True  # as it then may not ask
 
 
+class CapturedStep:
+    """A decoding step as a CUDA graph: one launch instead of hundreds, for which the GPU waits."""
+
+    def __init__(self, step: Callable[..., Tensor], *inputs: Tensor) -> None:
+        self.inputs, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = step(*self.inputs)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The step's output, which the next call overwrites."""
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.output
+
+
 def _generate_batch(
     model: LanguageModel, prompts: list[list[int]], draws: Tensor,
     choose: Callable[[Tensor, Tensor], Tensor],
@@ -2184,32 +2216,46 @@ def _generate_batch(
 
     `choose(logits, draws)` picks the next tokens. Prompts are padded on the left. Finished rows
     leave the batch; checking for them synchronises with a GPU, so there it is done only every
-    eighth token.
+    eighth token. From a cache of fixed size they leave when they are half of it, as the step is
+    captured anew then, after one token that warms up.
     """
     device, longest = model.device, model.max_positions or sys.maxsize
+    fixed = model.cache is StaticCache
     lengths = torch.tensor([len(p) for p in prompts])
     width = int(lengths.max())
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])  # (B, L)
-    mask = (torch.arange(width) >= width - lengths[:, None]).long()  # (B, L)
+    mask = (torch.arange(width + draws.shape[1]) >= width - lengths[:, None]).long()  # (B, longest)
     limits = (longest - lengths).clamp_max(draws.shape[1])
     draws = draws.float() if device.type == "mps" else draws
     inputs = ids, mask, limits, draws, torch.tensor(model.end_ids)
     ids, mask, limits, draws, ends = (to_device(tensor, device) for tensor in inputs)
+    positions = (mask.cumsum(-1) - 1).clamp(0, longest - 1)
     responses = torch.full(draws.shape, -1, device=device)  # (B, longest response), -1 not written
     rows = torch.arange(len(prompts), device=device)  # those that are still generated
     done = torch.zeros_like(rows, dtype=torch.bool)
     head = model.head().cast(model.compute_dtype)
-    kind = MaskedCache if device.type == "cuda" else DynamicCache
-    cache = kind(config=model.config.get_text_config() if model.has_cache else None)
+    size = {"max_cache_len": mask.shape[1]} if fixed else {}
+    cache = model.cache and model.cache(config=model.config.get_text_config(), **size)
+    captured, warm = None, False
+
+    def read(ids: Tensor, at: Tensor, seen: int) -> Tensor:
+        """The last hidden states (rows, d), from ids and their positions."""
+        # Layers that keep a state instead of keys have taken the padding into account.
+        visible = None if seen > width and all(cache.is_linear) else mask[:, :seen]
+        return model.backbone(
+            input_ids=ids, attention_mask=visible, position_ids=at, cache=cache, use_cache=True
+        ).last_hidden_state[:, -1]
+
     for step in range(draws.shape[1]):
-        if model.has_cache:
-            # Layers that keep a state instead of keys have taken the padding into account.
-            visible = None if step and all(cache.is_linear) else mask
-            positions = (mask.cumsum(-1) - 1).clamp(0, longest - 1)[:, -ids.shape[1] :]
-            hidden = model.backbone(
-                input_ids=ids, attention_mask=visible, position_ids=positions, cache=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]  # (rows, d)  # fmt: skip
+        if cache is not None:
+            seen = width + step
+            at = positions[:, seen - ids.shape[1] : seen]
+            if fixed and step:  # such a cache hides what is not written yet
+                seen = mask.shape[1]
+            if warm and captured is None and device.type == "cuda":
+                captured = CapturedStep(partial(read, seen=seen), ids, at)
+            hidden = captured(ids, at) if captured else read(ids, at, seen)
+            warm = fixed and step > 0
         else:
             written = [[i for i in r if i >= 0] for r in responses.tolist()]
             texts = [with_response(prompts[i] + written[i], [0]) for i in rows.tolist()]
@@ -2221,10 +2267,13 @@ def _generate_batch(
             keep = (~done).nonzero()[:, 0]
             if not len(keep):
                 break
-            if len(keep) < len(rows):
-                cache.reorder_cache(keep)  # `batch_select_indices` knows no recurrent layers
-                rows, done, tokens, mask = (t[keep] for t in (rows, done, tokens, mask))
-        ids, mask = tokens[:, None], F.pad(mask, (0, 1), value=1)
+            if len(keep) < len(rows) / (2 if fixed else 1):
+                if cache is not None:
+                    cache.reorder_cache(keep)  # `batch_select_indices` knows no recurrent layers
+                kept = rows, done, tokens, mask, positions
+                rows, done, tokens, mask, positions = (tensor[keep] for tensor in kept)
+                captured, warm = None, False
+        ids = tokens[:, None]
     return [[i for i in response if i >= 0] for response in responses.tolist()]
 
 

@@ -44,7 +44,7 @@ def test_training_steps_on_a_gpu(tmp_path: Path, emulation: Emulation, script: s
     assert not [line for line in waiting if any(name in line for name in inside)]
 
     # Only what happens before or between steps may wait for a copy: loading, tables, evaluation.
-    once = ("load_weights", "__getitem__", "_table", "<dictcomp>")
+    once = ("load_weights", "cache_utils", "__getitem__", "_table", "<dictcomp>")
     for copy in found["copies"]:
         assert copy["kind"] == "async" or any(name in copy["line"] for name in once), copy
     pinned = sum(copy["count"] for copy in found["copies"] if copy["kind"] == "async")

@@ -300,7 +300,7 @@ def test_a_teacher_spread_by_a_device_map_is_the_same_teacher(tmp_path, monkeypa
     plain, spread = teachers
     assert {p.device.type for p in plain.model.parameters()} == {"cpu"}
     assert spread.model.lm_head.weight.is_meta and spread.model.model.norm.weight.is_meta
-    assert spread.has_cache
+    assert spread.cache
     batch = common.collate([common.Tokens(list(range(10, 30)), list(range(5, 20)))], plain.device)
     assert torch.equal(spread.hidden_states(batch), plain.hidden_states(batch))
     assert torch.equal(spread.logits(batch)[:], plain.logits(batch)[:])

@@ -15,7 +15,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
 import common
 import token_level
@@ -142,6 +142,26 @@ def test_finished_rows_leave_the_batch(tiny):
     lengths = [c.length for c in answers]
     assert max(lengths) < 100
     assert sizes == [sum(n > step for n in lengths) for step in range(max(lengths))]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_a_cache_of_fixed_size_gives_the_same_text(kind: str, tiny):
+    """As a GPU uses it, but for the graphs; finished rows leave when they are half of the batch."""
+    model, prompts = tiny(kind, dtype=torch.float64), prompts_of(24)
+    model.end_ids = list(range(5, 60))
+    expected = write(model, prompts, max_new_tokens=40)
+    model.cache, sizes = StaticCache, []
+    hook = model.model.base_model.register_forward_pre_hook(
+        lambda _, args, inputs: sizes.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    assert write(model, prompts, max_new_tokens=40) == expected
+    hook.remove()
+    rows, left, lengths = [], 24, [c.length for c in expected]
+    for step in range(max(lengths)):
+        unfinished = sum(n > step for n in lengths)
+        left = unfinished if unfinished < left / 2 else left
+        rows.append(left)
+    assert sizes == rows and len(set(sizes)) > 2
 
 
 def test_batches_hold_prompts_of_similar_length(tiny):
