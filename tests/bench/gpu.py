@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -356,16 +357,19 @@ def rollouts_side(args: argparse.Namespace) -> None:
     model.model.generation_config.eos_token_id = None
     draw = random.Random(0)
     prompts = [[draw.randrange(256) for _ in range(draw.randrange(32, 129))] for _ in range(256)]
-    print_head("rollouts, 0.5B, 96 new tokens", "tokens a second")
+    methods = {
+        "common.generate": (rollouts.suite_tokens, model.cache),
+        "common.generate without CUDA graphs": (rollouts.suite_tokens, common.MaskedCache),
+        "model.generate": (rollouts.library_tokens, model.cache),
+    }
+    print_head("rollouts of 0.5B", "prompts", "new tokens", "tokens a second")
     with model.evaluating():
-        for size in (64, 256):
-            for name, method in (
-                ("common.generate", rollouts.suite_tokens),
-                ("model.generate", rollouts.library_tokens),
-            ):
-                asked = sorted(prompts[:size], key=len)
-                seconds = median_seconds(lambda m=method, p=asked, s=size: m(model, p, 96, s), 2)
-                print_row(f"{name}, {size} prompts", f"{96 * size / seconds:.0f}")
+        for size, new in ((64, 96), (256, 96), (64, 512)):
+            asked = [common.Prompt(None, p, p) for p in sorted(prompts[:size], key=len)]
+            for name, (method, model.cache) in methods.items():
+                work = partial(method, model, asked, new, size)
+                seconds = median_seconds(work, 2)
+                print_row(name, str(size), str(new), f"{new * size / seconds:.0f}")
 
 
 # ----------------------------------------------------------------------------------------- all
