@@ -2197,7 +2197,8 @@ class CapturedStep:
 
     def __init__(self, step: Callable[..., Tensor], *inputs: Tensor) -> None:
         self.inputs, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Other threads, such as NCCL's, may use the GPU meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.output = step(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -2216,7 +2217,7 @@ def _generate_batch(
 
     `choose(logits, draws)` picks the next tokens. Prompts are padded on the left. Finished rows
     leave the batch; checking for them synchronises with a GPU, so there it is done only every
-    eighth token. From a cache of fixed size they leave when they are half of it, as the step is
+    eighth token. From a cache of fixed size they leave when half of it is left, as the step is
     captured anew then, after one token that warms up.
     """
     device, longest = model.device, model.max_positions or sys.maxsize
@@ -2267,7 +2268,7 @@ def _generate_batch(
             keep = (~done).nonzero()[:, 0]
             if not len(keep):
                 break
-            if len(keep) < len(rows) / (2 if fixed else 1):
+            if len(keep) <= (len(rows) // 2 if fixed else len(rows) - 1):
                 if cache is not None:
                     cache.reorder_cache(keep)  # `batch_select_indices` knows no recurrent layers
                 kept = rows, done, tokens, mask, positions
