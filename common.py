@@ -1067,6 +1067,7 @@ class LanguageModel:
             yield
             return
         self.copies = empty or without_weights(*trained)
+        self.copies[0].set_experts_implementation(None)  # transformers' own: see `load_weights`
         try:
             fill_weights(self.copies[0], self.model, dtype)
             self.model, self.adapters = self.copies
@@ -2253,7 +2254,7 @@ def _generate_batch(
             at = positions[:, seen - ids.shape[1] : seen]
             if fixed and step:  # such a cache hides what is not written yet
                 seen = mask.shape[1]
-            if warm and captured is None and device.type == "cuda":
+            if warm and captured is None:
                 captured = CapturedStep(partial(read, seen=seen), ids, at)
             hidden = captured(ids, at) if captured else read(ids, at, seen)
             warm = fixed and step > 0

@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from captured import Graph, capture
 from emulated import EMULATION, Emulation
 from forked import ForkedScript
 from transformers import (
@@ -182,6 +183,15 @@ def emulation(tmp_path_factory) -> Iterator[Emulation]:
 def shared_cache(tmp_path_factory) -> Path:
     """A --cache-dir for runs of the embedded pair, so that the teacher answers each prompt once."""
     return tmp_path_factory.mktemp("shared") / "cache"
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
+    """CUDA graphs are emulated; `replays` counts theirs."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(Graph, "replays", 0)
+    return Graph
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,9 @@ from conftest import ROOT
 from emulated import EMULATION, Emulation
 
 
-@pytest.mark.parametrize("script", ["token_level.py", "on_policy.py", "cross_tokenizer.py"])
+@pytest.mark.parametrize(
+    "script", ["token_level.py", "sequence_level.py", "on_policy.py", "cross_tokenizer.py"]
+)
 def test_training_steps_on_a_gpu(tmp_path: Path, emulation: Emulation, script: str):
     """Heads multiply in bfloat16 and sum in float32, nothing in a step's loss waits for the device,
     a step's copies are pinned, and the optimizer's parameters are those that move."""

@@ -145,8 +145,8 @@ def test_finished_rows_leave_the_batch(tiny):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
-def test_a_cache_of_fixed_size_gives_the_same_text(kind: str, tiny):
-    """As a GPU uses it, but for the graphs; finished rows leave when half of the batch is left."""
+def test_captured_steps_give_the_same_text(kind: str, tiny, graphs):
+    """Finished rows leave when half of the batch is left; then one token comes before a graph."""
     model, prompts = tiny(kind, dtype=torch.float64), prompts_of(24)
     model.end_ids = list(range(5, 60))
     expected = write(model, prompts, max_new_tokens=40)
@@ -156,12 +156,24 @@ def test_a_cache_of_fixed_size_gives_the_same_text(kind: str, tiny):
     )
     assert write(model, prompts, max_new_tokens=40) == expected
     hook.remove()
-    rows, left, lengths = [], 24, [c.length for c in expected]
-    for step in range(max(lengths)):
+    lengths, left = [c.length for c in expected], [24]
+    for step in range(1, max(lengths)):
         unfinished = sum(n > step for n in lengths)
-        left = unfinished if unfinished <= left / 2 else left
-        rows.append(left)
-    assert sizes == rows and len(set(sizes)) > 2
+        left.append(unfinished if unfinished <= left[-1] / 2 else left[-1])
+    assert len(set(left)) > 2
+    # Forward passes: of the prompts; then for each size one that warms up, and one captured.
+    parts = {n: left[1:].count(n) for n in left[1:]}
+    assert sizes == [24, *(n for n, count in parts.items() for _ in range(min(count, 2)))]
+    assert graphs.replays == sum(parts.values()) - len(parts)
+
+
+def test_a_step_that_waits_for_the_gpu_is_not_captured(tiny, graphs):
+    model = tiny("llama")
+    assert common.cache_is_exact(model, StaticCache) and graphs.replays
+    layer = model.model.model.layers[0]
+    with layer.register_forward_pre_hook(lambda _, args: None if args[0].sum().item() else args):
+        assert not common.cache_is_exact(model, StaticCache)
+        assert common.cache_is_exact(model, DynamicCache)
 
 
 def test_batches_hold_prompts_of_similar_length(tiny):
