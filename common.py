@@ -332,10 +332,10 @@ def check_arguments(args: Flags) -> None:
 
 def launch(main: Callable[[Any], None], kind: type[Flags], description: str) -> None:
     """Entry point of a script: parse and run; errors of the user or the disk are one sentence."""
-    args = parse_arguments(kind, description)
     with contextlib.suppress(AttributeError):  # a notebook's streams take any text
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="backslashreplace")  # where it does not take UTF-8
+    args = parse_arguments(kind, description)
     try:
         with (
             usage_error("cannot read or write (--output-dir, --cache-dir)", OSError),
@@ -788,7 +788,7 @@ def load_grader(name: str) -> Callable[[str, dict[str, Any]], bool]:
     tools, references, source, and all columns that are not read otherwise.
     """
     kind, _, rest = name.partition(":")
-    if kind.endswith(".py"):
+    if kind != "regex" and re.search(r"\.py(:\w*)?$", name):
         return FunctionGrader(name)
     with usage_error(f"--grader {name}", re.error):
         pattern = partial(_last_match, re.compile(rest))
@@ -2187,27 +2187,78 @@ def generate(
             yield i, Completion(text, finished, len(response), response)
 
 
+BLOCK = 256  # tokens by which a cache of fixed size grows
+
+
 class MaskedCache(DynamicCache):
     """A cache for which transformers does not ask the GPU, at every token, for padding."""
 
     is_compileable = True  # as it then may not ask
 
 
-class CapturedStep:
-    """A decoding step as a CUDA graph: one launch instead of hundreds, for which the GPU waits."""
+class CachedReader:
+    """Reads texts as they are written: the hidden states that predict their next tokens.
 
-    def __init__(self, step: Callable[..., Tensor], *inputs: Tensor) -> None:
-        self.inputs, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
-        # Other threads, such as NCCL's, may use the GPU meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.output = step(*self.inputs)
+    From a `StaticCache` a token is one CUDA graph, which is one launch instead of hundreds, for
+    which a GPU waits. It is captured anew whenever shapes change, after a token that warms up;
+    short answers end before the first capture.
+    """
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """The step's output, which the next call overwrites."""
-        for mine, given in zip(self.inputs, inputs, strict=True):
+    def __init__(self, model: LanguageModel, mask: Tensor, width: int) -> None:
+        """`mask` (rows, longest text) hides what stands left of the prompts, of `width` tokens."""
+        self.model, self.mask, self.width = model, mask, width
+        self.positions = (mask.cumsum(-1) - 1).clamp(0, (model.max_positions or sys.maxsize) - 1)
+        self.size = min(width + BLOCK, mask.shape[1])
+        self.fixed = model.cache is StaticCache
+        options = {"max_cache_len": self.size} if self.fixed else {}
+        self.cache = model.cache(config=model.config.get_text_config(), **options)
+        self.graph, self.warm = None, False
+
+    def __call__(self, ids: Tensor, seen: int) -> Tensor:
+        """(rows, d) from the last ids of the texts, whose tokens are `seen` with these."""
+        at = self.positions[:, seen - ids.shape[1] : seen]
+        if not self.fixed or seen == self.width:
+            return self._read(ids, at, seen)
+        if seen > self.size:
+            self.size = min(self.size + BLOCK, self.mask.shape[1])
+            for layer in self.cache.layers:
+                more = 0, 0, 0, self.size - layer.max_cache_len
+                layer.keys, layer.values = F.pad(layer.keys, more), F.pad(layer.values, more)
+                layer.max_cache_len = self.size
+            self.graph, self.warm = None, False
+        if self.warm:
+            return self._captured(ids, at)
+        self.warm = seen >= self.width + 8
+        torch.cuda.set_sync_debug_mode("error")  # PyTorch does not recover from a failed capture
+        try:
+            return self._read(ids, at, self.size)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def _read(self, ids: Tensor, at: Tensor, seen: int) -> Tensor:
+        # Layers that keep a state instead of keys have taken the padding into account.
+        blind = seen > self.width and all(self.cache.is_linear)
+        return self.model.backbone(
+            input_ids=ids, attention_mask=None if blind else self.mask[:, :seen], position_ids=at,
+            cache=self.cache, use_cache=True,
+        ).last_hidden_state[:, -1]  # fmt: skip
+
+    def _captured(self, ids: Tensor, at: Tensor) -> Tensor:
+        if self.graph is None:
+            self.inputs, self.graph = (ids.clone(), at.clone()), torch.cuda.CUDAGraph()
+            # Other threads, such as NCCL's, may use the GPU meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.output = self._read(*self.inputs, self.size)  # hides what is not written yet
+        for mine, given in zip(self.inputs, (ids, at), strict=True):
             mine.copy_(given)
         self.graph.replay()
         return self.output
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows."""
+        self.cache.reorder_cache(rows)  # `batch_select_indices` knows no recurrent layers
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+        self.graph, self.warm = None, False
 
 
 def _generate_batch(
@@ -2218,46 +2269,26 @@ def _generate_batch(
 
     `choose(logits, draws)` picks the next tokens. Prompts are padded on the left. Finished rows
     leave the batch; checking for them synchronises with a GPU, so there it is done only every
-    eighth token. From a cache of fixed size they leave when half of it is left, as the step is
-    captured anew then, after one token that warms up.
+    eighth token. Where shapes are captured they leave when half of them have finished.
     """
     device, longest = model.device, model.max_positions or sys.maxsize
-    fixed = model.cache is StaticCache
     lengths = torch.tensor([len(p) for p in prompts])
     width = int(lengths.max())
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])  # (B, L)
-    mask = (torch.arange(width + draws.shape[1]) >= width - lengths[:, None]).long()  # (B, longest)
+    mask = (torch.arange(width + draws.shape[1]) >= width - lengths[:, None]).long()
     limits = (longest - lengths).clamp_max(draws.shape[1])
-    draws = draws.float() if device.type == "mps" else draws
+    if device.type == "mps":
+        draws = draws.float().clamp_max(1 - 2**-24)  # it rounds to 1, where no token is
     inputs = ids, mask, limits, draws, torch.tensor(model.end_ids)
     ids, mask, limits, draws, ends = (to_device(tensor, device) for tensor in inputs)
-    positions = (mask.cumsum(-1) - 1).clamp(0, longest - 1)
     responses = torch.full(draws.shape, -1, device=device)  # (B, longest response), -1 not written
     rows = torch.arange(len(prompts), device=device)  # those that are still generated
     done = torch.zeros_like(rows, dtype=torch.bool)
     head = model.head().cast(model.compute_dtype)
-    size = {"max_cache_len": mask.shape[1]} if fixed else {}
-    cache = model.cache and model.cache(config=model.config.get_text_config(), **size)
-    captured, warm = None, False
-
-    def read(ids: Tensor, at: Tensor, seen: int) -> Tensor:
-        """The last hidden states (rows, d), from ids and their positions."""
-        # Layers that keep a state instead of keys have taken the padding into account.
-        visible = None if seen > width and all(cache.is_linear) else mask[:, :seen]
-        return model.backbone(
-            input_ids=ids, attention_mask=visible, position_ids=at, cache=cache, use_cache=True
-        ).last_hidden_state[:, -1]
-
+    reader = CachedReader(model, mask, width) if model.cache else None
     for step in range(draws.shape[1]):
-        if cache is not None:
-            seen = width + step
-            at = positions[:, seen - ids.shape[1] : seen]
-            if fixed and step:  # such a cache hides what is not written yet
-                seen = mask.shape[1]
-            if warm and captured is None:
-                captured = CapturedStep(partial(read, seen=seen), ids, at)
-            hidden = captured(ids, at) if captured else read(ids, at, seen)
-            warm = fixed and step > 0
+        if reader:
+            hidden = reader(ids, width + step)
         else:
             written = [[i for i in r if i >= 0] for r in responses.tolist()]
             texts = [with_response(prompts[i] + written[i], [0]) for i in rows.tolist()]
@@ -2266,15 +2297,13 @@ def _generate_batch(
         responses[rows, step] = torch.where(done, -1, tokens)
         done = done | torch.isin(tokens, ends) | (step + 1 >= limits[rows])
         if device.type == "cpu" or step % 8 == 7:
-            keep = (~done).nonzero()[:, 0]
-            if not len(keep):
+            left = (~done).nonzero()[:, 0]
+            if not len(left):
                 break
-            if len(keep) <= (len(rows) // 2 if fixed else len(rows) - 1):
-                if cache is not None:
-                    cache.reorder_cache(keep)  # `batch_select_indices` knows no recurrent layers
-                kept = rows, done, tokens, mask, positions
-                rows, done, tokens, mask, positions = (tensor[keep] for tensor in kept)
-                captured, warm = None, False
+            if len(left) <= (len(rows) // 2 if model.cache is StaticCache else len(rows) - 1):
+                rows, done, tokens = rows[left], done[left], tokens[left]
+                if reader:
+                    reader.keep(left)
         ids = tokens[:, None]
     return [[i for i in response if i >= 0] for response in responses.tolist()]
 
@@ -3647,7 +3676,8 @@ class Run:
         self.state = start
         if self.checkpoint is not None:
             with self._corrupt():
-                self.state = start | json.loads((self.checkpoint / "state.json").read_text())
+                text = (self.checkpoint / "state.json").read_text(encoding="utf-8")
+                self.state = start | json.loads(text)
             if self.state["text"] != start["text"]:
                 raise UsageError(
                     f"--resume cannot continue {self.directory}: the text that it learns from, or "
@@ -3672,7 +3702,8 @@ class Run:
         free, named = FLAGS_FREE_ON_RESUME | {"cache_teacher"}, self.args.output_dir
         flags = [(n, v) for n, v in changed_flags(self.args).items() if n not in free]
         flags = [f"{name.replace('_', '-')}-{Path(str(value)).name}" for name, value in flags]
-        name = "-".join([self.script, *flags]).encode()[:180].decode(errors="ignore")
+        name = re.sub(r"[^\w.,=+-]+", "_", "-".join([self.script, *flags]))
+        name = name.encode()[:180].decode(errors="ignore")
         base = Path(named or f"runs/{name}")
         base.parent.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
@@ -3972,7 +4003,7 @@ def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def table_text(table: pandas.DataFrame) -> str:
-    return table.to_string(float_format="{:.4f}".format, na_rep="–")
+    return table.to_string(float_format="{:.4f}".format, na_rep="-")
 
 
 def results_table(results: dict[str, Any]) -> str:
@@ -4159,8 +4190,9 @@ def _peak_of_generation(model: LanguageModel, args: Flags, longest: int, live: L
         before = live.now
         hidden = model.backbone(input_ids=ids, cache=cache, use_cache=True).last_hidden_state[:, -1]
         held = live.now - before  # mostly keys and values
+        block = min(BLOCK, args.max_new_tokens) * (device.type == "cuda")
+        prefill, live.peak = live.peak + held * block // longest, live.now
         held += held * args.max_new_tokens // longest
-        prefill, live.peak = live.peak, live.now
         draws = torch.zeros(rows, dtype=torch.float64, device=device)
         sample(model.head().cast(model.compute_dtype).logits(hidden), draws, 1.0, args.top_p)
         return max(prefill, before + held + live.peak - live.now)

@@ -1,7 +1,8 @@
 """CUDA graphs on a CPU: what is captured is recorded, undone, and done again at every replay.
 
-As on a GPU, a replay takes no other tensors and no other Python numbers than the capture had, and
-what would wait for the GPU raises an error.
+As on a GPU, a replay takes no other tensors and no other Python numbers than the capture had.
+Numbers that the host reads raise an error; what else would wait for a GPU, the emulated one sees
+(`emulated_decoding.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique")
+WAITS = ("_local_scalar_dense", "nonzero", "equal")
 
 
 class Graph(TorchDispatchMode):

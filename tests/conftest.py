@@ -40,6 +40,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # One thread for each process, this one and those that it starts: the models are tiny, and on a busy
 # machine threads that wait for one another take several times longer than one thread.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+if torch.backends.mps.is_available():  # which does not survive the forks of `forked.py`
+    os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import common  # noqa: E402  (the modules lie in the repository's root and are not installed)
 
@@ -190,6 +192,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
     """CUDA graphs are emulated; `replays` counts theirs."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     monkeypatch.setattr(Graph, "replays", 0)
     return Graph
 

@@ -1,9 +1,10 @@
 """What text generation asks of an emulated GPU, for models of several architectures, as JSON.
 
-    PYTHONPATH=(where emulated_cuda is) python emulated_decoding.py KIND [KIND ...]
+    PYTHONPATH=(where emulated_cuda is) python emulated_decoding.py [fixed] KIND [KIND ...]
 
-For each kind: the waits and copies of the first token, those of 32 more, the bytes that conversions
-read and write in 33 tokens, the bytes of the weights, and the dtypes of keys and values.
+With `fixed` from a cache of fixed size, where steps are captured; here they are run. For each kind:
+the waits and copies of the first token, those of 32 more, the bytes that conversions read and write
+in 33 tokens, the bytes of the weights, and the dtypes of keys and values.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import test_architectures
+from transformers import StaticCache
 
 import common
 import token_level
@@ -31,6 +33,10 @@ def measure(kind: str, directory: str) -> dict[str, dict]:
     log, args = emulated_cuda.log, token_level.Arguments(student=directory, teacher=directory)
     student = common.load_student(args, torch.device("cuda", 0))
     student.end_ids = []
+    if "fixed" in sys.argv:
+        student.cache = StaticCache
+        common.CachedReader._captured = lambda self, *inputs: self._read(*inputs, self.size)
+        torch.cuda.set_sync_debug_mode = lambda mode: None
     weights = sum(p.numel() * p.element_size() for p in student.model.parameters())
     result = {}
     for name, prompts in PROMPTS.items():
@@ -53,7 +59,7 @@ def measure(kind: str, directory: str) -> dict[str, dict]:
 if __name__ == "__main__":
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for kind in sys.argv[1:]:
+        for kind in [word for word in sys.argv[1:] if word != "fixed"]:
             changes = dict(test_architectures.ARCHITECTURES[kind])
             if kind == "llama":  # wide, so that its weights are more than what it computes with
                 changes |= {"hidden_size": 256, "intermediate_size": 4096}

@@ -117,9 +117,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "rwkv": {"alone": True, "vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2,
              "context_length": 512},
 }  # fmt: skip
-# Whose text a GPU can write with CUDA graphs: none with windows or states, and not Bloom.
+# Whose text a GPU can write with CUDA graphs: none with windows or states, not Bloom, nor Falcon,
+# which copies a list to the GPU at every token.
 CAPTURED = {
-    "cohere", "deepseek_v3", "falcon", "gemma", "glm4", "gpt2", "gpt_neox", "gptj", "granite",
+    "cohere", "deepseek_v3", "gemma", "glm4", "gpt2", "gpt_neox", "gptj", "granite",
     "granitemoe", "llama", "mixtral", "nemotron", "olmo2", "olmoe", "opt", "phi", "qwen2", "qwen3",
     "qwen3_moe", "smollm3", "stablelm", "starcoder2",
 }  # fmt: skip
@@ -302,8 +303,8 @@ def test_the_inference_copy_is_the_model_loaded_in_bfloat16(kind, tmp_path: Path
     gpu = dataclasses.replace(student, device=torch.device("cuda"), load=lambda _: trained)
     exact = [cache for cache in common.caches_for(gpu) if common.cache_is_exact(student, cache)]
     assert (common.MaskedCache in exact) == (kind not in WITHOUT_CACHE)
-    assert (StaticCache in exact) == (kind in CAPTURED)
-    assert kind not in CAPTURED or graphs.replays == 13
+    assert (StaticCache in exact) == (kind in CAPTURED | {"falcon"})
+    assert StaticCache not in exact or graphs.replays == 7
     assert all(torch.equal(before[name], t) for name, t in trained.state_dict().items())
     if kind == "falcon_h1":  # a vector of constants, which is not saved, stays in float32
         torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)

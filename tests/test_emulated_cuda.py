@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from emulated import EMULATION, Emulation
+from test_architectures import CAPTURED
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,16 @@ def test_decoding_waits_once_in_eight_tokens(decoding: dict, prompts: str):
         assert all("nonzero" in line for line in found[prompts]["more"]), kind
         assert sum(found[prompts]["first"].values()) <= 4, (kind, found[prompts])
         assert all("tolist" in line or "transformers" in line for line in found[prompts]["first"])
+
+
+def test_steps_that_are_captured_do_not_wait(emulation: Emulation):
+    """Only the four looks at which rows have finished; the emulation groups no experts."""
+    kinds = sorted(CAPTURED - {"deepseek_v3", "granitemoe", "mixtral", "olmoe", "qwen3_moe"})
+    done = emulation.run(ROOT / "tests/emulated_decoding.py", "fixed", *kinds, "falcon", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    waits = {kind: sum(part["padded"]["more"].values()) for kind, part in found.items()}
+    assert waits.pop("falcon") > 32 and waits == dict.fromkeys(kinds, 4)
 
 
 def test_decoding_in_the_compute_dtype(decoding: dict):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -203,6 +205,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 # rollouts: test_rollout_server.py.
 ELSEWHERE = {"output_dir", "cache_dir", "teacher_device_map", "head_dtype", "plan"}
 ELSEWHERE |= {"rollout_url", "rollout_weights"}
+
+
+def test_help_where_output_is_not_utf8(monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(sys, "argv", ["token_level.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        common.launch(token_level.main, token_level.Arguments, token_level.__doc__)
+    output.flush()
+    assert end.value.code == 0 and b"--jsd-beta" in output.buffer.getvalue()
 
 
 def test_every_flag_is_in_a_table():

@@ -176,13 +176,14 @@ def test_exceptions_and_time_out_count_as_wrong_and_are_said_once(tmp_path, monk
 
 
 def test_a_grader_with_dataclasses(tmp_path):
-    """They look their module up by its name."""
-    (tmp_path / "graders.py").write_text(
+    """They look their module up by its name. The path has a colon of its own."""
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "a:b/graders.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
         "@dataclass\nclass Answer:\n    text: str\n\n"
         "def right(text, row):\n    return Answer(text).text == row['references'][0]\n"
     )
-    grade = common.load_grader(f"{tmp_path / 'graders.py'}:right")
+    grade = common.load_grader(f"{tmp_path / 'a:b/graders.py'}:right")
     assert [grade(text, {"references": ["a"]}) for text in "ab"] == [True, False]
 
 

@@ -238,6 +238,20 @@ def test_other_text_cannot_be_resumed_on(tmp_path):
     assert (tmp_path / "run/results.json").exists()
 
 
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path, monkeypatch):
+    """In UTF-8, where the system has another encoding."""
+    in_process(tmp_path / "run")
+    (tmp_path / "run/results.json").unlink()
+    state = max(tmp_path.glob("run/checkpoints/*/state.json"))
+    saved = json.loads(state.read_text(encoding="utf-8"))
+    saved["before"][0]["answer"] = "café"
+    common.write_json(state, saved)
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding="cp1252": read(path, encoding))
+    in_process(tmp_path / "run", resume=True)
+    assert json.loads((tmp_path / "run/answers.jsonl").open().readline())["before"] == "café"
+
+
 def test_old_checkpoints_are_removed_and_corrupt_ones_named(whole_run, tmp_path):
     last = f"step-{STEPS:06}"
     names = sorted(p.name for p in (whole_run / "checkpoints").iterdir())
