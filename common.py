@@ -60,6 +60,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 from unittest import mock
 
+import numpy
 import pandas
 import psutil
 import torch
@@ -161,7 +162,9 @@ class Flags:
     student: str = flag(str(DATA / "student"), "student model: a directory or a hub id")
     revision: str = flag("main", "the student's revision, for a hub id")
     teacher_revision: str = flag("main", "the teacher's revision, for a hub id")
-    chat_template: str | None = flag(None, "a Jinja file that both models use as chat template")
+    chat_template: str | None = flag(
+        None, "a Jinja file that both models use as chat template (not an API, which has its own)"
+    )
     template_kwargs: str = flag("{}", """for chat templates, e.g. '{"enable_thinking": false}'""")
 
     dataset: str = flag(str(DATA / "train.jsonl"), "training prompts: a file, directory or hub id")
@@ -172,7 +175,7 @@ class Flags:
         None, "held-out conversations (default: data/eval.jsonl, or rows of your own --dataset)"
     )
     eval_split: str = flag("train", "split of --eval-dataset, if that is not a file")
-    eval_size: int = flag(0, "evaluation rows (0: 1000; at most a tenth of --dataset)")
+    eval_size: int = flag(0, "evaluation rows (0: 1000, or a tenth of --dataset if that is fewer)")
     grader: str = flag(
         "exact",
         "which answers are right, for exact_match: exact, number, choice, json, regex:PATTERN or "
@@ -223,7 +226,7 @@ class Flags:
     report_to: str = flag("none", "send metrics to a tracker too: tensorboard, wandb, ...")
     cache_dir: str = flag("runs/cache", "where the teacher's work is kept for later runs")
     cache_teacher: bool = flag(
-        True, "whether the teacher's hidden states, or a server's log-probabilities, are kept there"
+        True, "keep the teacher's hidden states, or a server's log-probabilities, there (or not)"
     )
     plan: bool = flag(False, "only print the memory that the run would need")
 
@@ -236,7 +239,9 @@ class Flags:
     api_top_logprobs: int = flag(64, "K: log-probabilities that the server gives at each token")
     api_concurrency: int = flag(8, "requests under way at a time")
     api_timeout: float = flag(600.0, "seconds to wait for one answer before retrying")
-    api_max_failures: float = flag(0.1, "share of prompts without an answer that ends the run")
+    api_max_failures: float = flag(
+        0.1, "the run ends if more than this share of prompts (of 50 if fewer) gets no answer"
+    )
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -349,7 +354,10 @@ def launch(main: Callable[[Any], None], kind: type[Flags], description: str) -> 
     except UsageError as problem:
         sys.stderr.write(f"error: {problem}\n")  # at once: every process may have it
         if isinstance(problem, ServerLost) and Run.current:
-            Run.current.interrupt()
+            try:
+                Run.current.interrupt()
+            except UsageError as another:
+                sys.stderr.write(f"error: {another}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -493,6 +501,8 @@ def _dataset_records(source: str, config: str | None, split: str) -> Iterator[tu
         elif any(Path(source).glob("dataset_dict.json")):  # written by save_to_disk
             data = datasets.load_from_disk(str(Path(source, split)))
         elif any(Path(source).glob("state.json")):
+            if split != "train":
+                raise ValueError(f"it has no splits, and {split} is asked for")
             data = datasets.load_from_disk(source)
         else:
             data = datasets.load_dataset(source, config, split=split)
@@ -1867,7 +1877,7 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
         texts_of = template.values() if isinstance(template, dict) else [template]
         words = set(re.findall(r"\w+", " ".join(texts_of)))
         words |= {"reasoning_content"} if "thinking" in words else set()  # its other name
-        for c in conversations:
+        for c in progress("rendering prompts", len(conversations), items=conversations):
             with usage_error(c.source, UsageError, TypeError):  # TypeError: a reserved option
                 check_printed(model, c.messages, "tool_calls", **c.options)
                 texts.append(render(model.tokenizer, c.messages, prompt=True, **c.options))
@@ -1877,7 +1887,9 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
         if unused:
             title = f"the chat template of {model.name} does not use, by rows"
             PartialState().print(f"{title}: {dict(unused)}")
-        encoded = model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        parts = (texts[i : i + 1000] for i in range(0, len(texts), 1000))  # for memory's sake
+        encoded = (ids for part in parts for ids in model.tokenizer(part, **options)["input_ids"])
         for c, text, ids in zip(conversations, texts, encoded, strict=True):
             with usage_error(c.source, UsageError):
                 ids = tokenize(model.tokenizer, text)[0] if _MARK in text else ids
@@ -1964,7 +1976,7 @@ def dataset_examples(prompts: list[Prompt], pair: Pair, limit: int) -> tuple[lis
     """
     examples, cut, shared = [], 0, pair.same_vocabulary or len(pair.readers) == 1
     empty = last_only = 0  # the latter: conversations with earlier answers that cannot be located
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(progress("tokenising answers", len(prompts), items=prompts)):
         conversation, response = prompt.conversation, prompt.conversation.response
         turns = [*conversation.messages, response]
         said = {"tool_calls", "reasoning_content"}
@@ -2419,10 +2431,10 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
         return {name: t.to(device) for name, t in load_file(path).items()}  # which refuses "cpu:0"
 
 
-def progress(title: str, total: int, done: int = 0) -> tqdm:
+def progress(title: str, total: int, done: int = 0, items: Iterable[Item] | None = None) -> tqdm:
     """A bar on the main process's terminal; none where output is not a terminal."""
     disable = None if PartialState().is_main_process else True  # None: tqdm asks the terminal
-    return tqdm(total=total, initial=done, desc=title, disable=disable, dynamic_ncols=True)
+    return tqdm(items, title, total, disable=disable, initial=done, dynamic_ncols=True)
 
 
 @functools.lru_cache(maxsize=4096)  # a process may map some 65 000 files
@@ -2450,9 +2462,8 @@ class TeacherHiddenStates:
             return
         head = teacher.head()
         self.width = head.weight.shape[1] if head else 3 * teacher.top + 4
-        self.keys = {e.index: f"{row_seed(*e.teacher):016x}" for e in examples}
         with exclusive(self.directory / "lock"):
-            self._fill({self.keys[e.index]: e for e in examples}, purpose)
+            self._fill({self._key(e): e for e in examples}, purpose)
         self.files = self._list()  # after all processes have written
         if head:
             loaded = "is loaded" if teacher.loaded else "is not loaded"
@@ -2463,10 +2474,14 @@ class TeacherHiddenStates:
         the K of a server's live log-probabilities, if not --api-top-logprobs."""
         if live or self.directory is None:
             return teacher_hidden_states(self.teacher, examples, k if live else None)
-        keys = [self.keys[e.index] for e in examples]
+        keys = map(self._key, examples)
         parts = [_open(self.files[key]).get_tensor(key) for key in keys]
         empty = torch.empty(0, self.width, dtype=self.teacher.compute_dtype)
         return to_device(torch.cat([empty, *parts]), self.teacher.device)
+
+    @staticmethod
+    def _key(example: Example) -> str:
+        return f"{row_seed(*example.teacher):016x}"
 
     def _list(self) -> dict[str, Path]:
         """The file that holds each key."""
@@ -2529,7 +2544,10 @@ class TeacherHiddenStates:
 def teacher_hidden_states(
     teacher: LanguageModel | ServerTeacher, examples: Sequence[Example], top: int | None = None
 ) -> Tensor:
-    """The teacher's final hidden states (N, d) at the N targets of the examples."""
+    """The teacher's final hidden states (N, d) at the N targets of the examples.
+
+    If you change what it returns, name another --cache-dir: the cache does not know.
+    """
     if isinstance(teacher, ServerTeacher):
         texts = [e.teacher for e in examples]
         ask = partial(teacher.live, texts, teacher.top if top is None else top)
@@ -3283,6 +3301,9 @@ def distillation_loss(
     """The objective summed over N target tokens with ids `targets` (N,); without a teacher it is
     cross-entropy alone. Returns what `chunked_loss` returns."""
     server = [teacher.ids, teacher.logprobs] if isinstance(teacher, TopLogprobs) else []
+    rows = server[0] if server else teacher and teacher.hidden
+    if rows is not None and len(rows) != len(targets):
+        raise ValueError(f"{len(rows)} rows of the teacher for {len(targets)} targets")
     given, teacher = [targets, *server], None if server else teacher
     pieces = [(rows, rows, (objective, *(t[rows] for t in given))) for rows in student.chunks()]
     return chunked_loss(student, teacher, pieces, _distillation)
@@ -3294,7 +3315,8 @@ def _distillation(
     """`inputs` are the objective, the targets (n,), and the ids and log-probabilities of a server
     (T = 1). Merging tokens into one outcome lowers a divergence, so that of its K + 2 outcomes is a
     lower bound of that of the whole vocabulary, and never negative."""
-    (_, _, _, t, weight), target, *server = inputs
+    objective, target, *server = inputs
+    t, weight = objective.temperature, objective.ce_weight
     kl, loss, gradient = logits.new_zeros(()), logits.new_zeros(()), None
     if weight:
         logprobs = log_softmax_with_temperature(logits)
@@ -3308,7 +3330,7 @@ def _distillation(
         else:
             theirs = log_softmax_with_temperature(teacher_logits, t)
         del teacher_logits
-        values, slope = divergence(logprobs, theirs, inputs[0])
+        values, slope = divergence(logprobs, theirs, objective)
         kl = values.sum()
         loss = loss + t**2 * kl
         slope = slope if t == 1 else slope.mul_(t)  # T² from the loss, 1/T from logits / T
@@ -3366,7 +3388,7 @@ class Evaluator:
         prompts, greedy, samples = zip(*rows, strict=True)
         self.args, self.student, self.grade = args, pair.student, load_grader(args.grader)
         self.comparable = pair.same_vocabulary  # then the student reads the teacher's ids
-        self.prompts = prompts
+        self.prompts, self.answers = prompts, (greedy, samples)  # of the teacher
         self.rows = [
             p.conversation.row() | {"references": p.conversation.references or [text]}
             for p, text in zip(prompts, map(with_reasoning, prompts, greedy), strict=True)
@@ -3440,7 +3462,7 @@ class Evaluator:
 def compare(
     student: Logits | TopLogprobs, targets: Tensor, teacher: Logits | TopLogprobs | None = None
 ) -> dict[str, Tensor]:
-    """What evaluation needs of a model at N targets, chunk by chunk, each (N,) and at T = 1.
+    """Values of a model at N targets, chunk by chunk, each (N,), at T = 1 and without gradient:
 
     `logprob` of the target; with a teacher also `kl`, KL(teacher ‖ student) in nats, and `agree`, 1
     if both have the same most likely token. With a server's teacher the KL is a lower bound, of
@@ -3479,12 +3501,13 @@ def gathered(tallies: dict[int, Tally]) -> list[Tally]:
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
     """Insertions, deletions and substitutions between two sequences of words (Levenshtein)."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
+    numbers = {word: number for number, word in enumerate({*a, *b})}
+    theirs = numpy.array([numbers[word] for word in b], dtype=int)
+    row = places = numpy.arange(len(b) + 1)
+    for i, word in enumerate(a, 1):
+        changed = numpy.minimum(row[1:] + 1, row[:-1] + (theirs != numbers[word]))
+        row = numpy.minimum.accumulate([i, *changed] - places) + places  # insertions
+    return int(row[-1])
 
 
 def scores(tallies: list[Tally]) -> Scores:
@@ -3515,7 +3538,7 @@ def gap_recovered(before: list[Tally], after: list[Tally], teacher: list[Tally])
 
 # -------------------------------------------------------------------------------- run directory
 
-# Flags that may differ on --resume: they change training by rounding at most.
+# Flags that may differ on --resume: they change training by rounding, or who writes its samples.
 FLAGS_FREE_ON_RESUME = {
     "output_dir", "overwrite", "resume", "cache_dir", "save_steps", "save_total_limit",
     "eval_steps", "logging_steps", "generation_batch_size", "report_to", "plan",
@@ -3670,7 +3693,9 @@ class Run:
         self.checkpoint = next(reversed(self._checkpoints()), None) if args.resume else None
         text = hashlib.sha256()
         for item in (*examples, *evaluator.prompts):
-            text.update(repr(item.student).encode())
+            text.update(repr((item.student, item.teacher)).encode())
+        right = [tally["exact"] for tally in evaluator.teacher_tallies]
+        text.update(repr((evaluator.rows, evaluator.answers, right)).encode())
         # What a checkpoint holds beside weights, optimizer and random state.
         start = {"step": 0, "lines": 0, "seconds": 0.0, "before": None, "text": text.hexdigest()}
         self.state = start
@@ -3680,14 +3705,19 @@ class Run:
                 self.state = start | json.loads(text)
             if self.state["text"] != start["text"]:
                 raise UsageError(
-                    f"--resume cannot continue {self.directory}: the text that it learns from, or "
-                    "its evaluation prompts, are not what they were; --overwrite starts it anew"
+                    f"--resume cannot continue {self.directory}: the text that it learns from, its "
+                    "evaluation prompts, or the teacher's answers to them are not what they were; "
+                    "--overwrite starts it anew"
                 )
         self.began = STARTED - self.state["seconds"]  # as if it had not been interrupted
         metrics = self.directory / "metrics.jsonl"
         if metrics.exists() and accelerator.is_main_process:  # drop what the checkpoint lacks
+            if self.checkpoint is None:
+                print(f"{self.directory} has no checkpoint, so the run begins anew")
             lines = metrics.read_bytes().splitlines(keepends=True)[: self.state["lines"]]
-            metrics.write_bytes(b"".join(lines))
+            lines = [line for line in lines if line.endswith(b"\n")]  # one may have been torn
+            os.truncate(metrics, sum(map(len, lines)))
+            self.state["lines"] = len(lines)
         if args.report_to != "none":
             accelerator.log_with = [LoggerType(args.report_to)]
             accelerator.project_configuration.set_directories(str(self.directory))
@@ -3715,8 +3745,10 @@ class Run:
         self.lock = FileLock(directory / ".lock", blocking=False, is_singleton=True)
         with usage_error(f"another run is writing to --output-dir {directory}", Timeout):
             self.lock.acquire()
-        if not self.args.resume and (directory / "args.json").exists():
-            if not self.args.overwrite:  # it was written after `start` looked
+        if self.args.resume and (directory / "args.json").exists():
+            check_resume(directory, self.script, self.args)  # it may be new since `start` looked
+        elif (directory / "args.json").exists():
+            if not self.args.overwrite:
                 raise UsageError(f"another run has used --output-dir {directory} meanwhile")
             left = set(directory.iterdir()) - {directory / ".lock"}
             for path in sorted(left, key=lambda path: path.name == "args.json"):  # args.json last
@@ -3726,8 +3758,13 @@ class Run:
 
     def _checkpoints(self) -> list[Path]:
         """Checkpoints, oldest first. One is whole when its state.json, written last, is there."""
-        whole = (p.parent for p in self.directory.glob("checkpoints/step-*/state.json"))
+        whole = (path for path in self._steps() if (path / "state.json").exists())
         return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
+
+    def _steps(self) -> list[Path]:
+        """Whole checkpoints and others; no copies that a user has made."""
+        directories = self.directory.glob("checkpoints/step-*")
+        return [path for path in directories if path.name.removeprefix("step-").isdecimal()]
 
     def _corrupt(self) -> contextlib.AbstractContextManager[None]:
         advice = "if it is corrupt, delete it, and --resume continues from the one before"
@@ -3759,7 +3796,7 @@ class Run:
         default_signals()
 
     def begin(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Set learning rate (linear warm-up, cosine to zero) and dropout seed.
+        """Set every group's learning rate (linear warm-up, cosine to zero) and the dropout seed.
 
         Both are functions of the step, so that resuming needs no state.
         """
@@ -3830,6 +3867,8 @@ class Run:
         if last:
             self.bar.close()
             default_signals()
+            several = self.accelerator.num_processes > 1  # a signal may have come meanwhile
+            stop = max(gather_object([self.signal])) if several else self.signal
         if stop:
             self._stopped(step)
             end_by(stop)
@@ -3850,14 +3889,15 @@ class Run:
     def _write_checkpoint(self, step: int) -> None:
         """Weights, optimizer and random state of all processes; state.json last."""
         path = self.directory / "checkpoints" / f"step-{step:06}"
-        with usage_error(f"cannot write {path}", OSError, RuntimeError, SafetensorError):
+        full = f"cannot write {path} (is the disk full?)"
+        with usage_error(full, OSError, RuntimeError, SafetensorError):
             self.accelerator.save_state(str(path), safe_serialization=True)
         self.accelerator.wait_for_everyone()
         self.state |= {"step": step, "seconds": time.perf_counter() - self.began}
         if self.accelerator.is_main_process:
             write_json(path / "state.json", self.state)
             keep = self._checkpoints()[-self.args.save_total_limit :]  # 0: all that are whole
-            for old in {*path.parent.glob("step-*")} - {*keep}:
+            for old in {*self._steps()} - {*keep}:
                 (old / "state.json").unlink(missing_ok=True)  # first: then it does not count
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
@@ -4141,7 +4181,7 @@ def memory_of_run(
             parts[name] = live.now - before
         peaks = [_peak_of_generation(model, args, longest_prompt, live) for model in models]
         parts["peak of generation"] = max(peaks)
-        if teacher and args.cache_teacher and script != "on_policy":
+        if teacher and args.cache_teacher and not hasattr(args, "mix"):
             models[1].unload()
         trained = [p for p in models[0].model.parameters() if p.requires_grad]
         parts["gradients"] = sum(p.nbytes for p in trained)

@@ -281,13 +281,13 @@ def shared_prefixes(
         for tokens in (student, teacher)
     ]
     prefixes = {b""} | student & beginnings[1] | teacher & beginnings[0]
-    size = None
+    size, both = None, student & teacher
     while size != len(prefixes):  # the next shorter prefix of a token may be contradicted too
         size = len(prefixes)
         for tokens in boundaries:
             short, long = sorted((longest_prefix(t, prefixes) for t in tokens), key=len)
             if short != long and long.startswith(short):
-                prefixes -= {long} - (student & teacher)
+                prefixes -= {long} - both
     return prefixes
 
 
@@ -359,7 +359,8 @@ class Alignments:
         self.contexts = [boundary_context(*self.vocabularies, prefixes)]
         self.numbers = {(b"", b""): BOUNDARY}  # of contexts, by the bytes read
         self.totals: Counter[str] = Counter()
-        self.pairs = {example.index: self._align(example) for example in examples}
+        bar = common.progress("aligning", len(examples), items=examples)
+        self.pairs = {example.index: self._align(example) for example in bar}
         if not self.totals["compared"]:
             raise common.UsageError(
                 f"no token of {pair.student.name} can be compared with one of "
@@ -528,7 +529,7 @@ def piece_loss(
 
 
 class CrossTokenizerLoss(nn.Module):
-    """The student and its loss in one `forward`, through which gradients are synchronised."""
+    """The student and its loss. What is registered here is trained, synchronised and saved."""
 
     def __init__(self, student: LanguageModel, head: Head | None, alignments: Alignments) -> None:
         super().__init__()

@@ -104,7 +104,7 @@ class Arguments(token_level.Arguments):
 
 
 class OnPolicyLoss(nn.Module):
-    """The student and its loss in one `forward`, through which gradients are synchronised."""
+    """The student and its loss. What is registered here is trained, synchronised and saved."""
 
     def __init__(
         self, student: LanguageModel, head: Head | None, objective: Objective, estimator: str

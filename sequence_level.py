@@ -11,8 +11,8 @@ behind an API (--api-base-url), and the student may have any tokenizer.
 
 Kim & Rush 2016, "Sequence-level knowledge distillation" (section 3.2; they search with a beam, here
 the answer is greedy or sampled); DeepSeek-AI 2025, "DeepSeek-R1" (section 2.4: samples of a
-reasoning teacher, selected by whether the answer is right, and plain fine-tuning on them). The
-student does not learn from answers that the length limit cut, empty ones and repetitions.
+reasoning teacher, selected by whether the answer is right, and plain fine-tuning on them). Of the
+teacher's answers the student does not learn those that are cut, empty or repeated.
 
     python sequence_level.py
     python sequence_level.py --samples-per-prompt 4 --temperature 1 --keep-matching --max-steps 600
@@ -77,7 +77,7 @@ class Arguments(Flags):
 
 
 class SequenceLevelLoss(nn.Module):
-    """The student and its loss in one `forward`, through which gradients are synchronised."""
+    """The student and its loss. What is registered here is trained, synchronised and saved."""
 
     def __init__(self, student: LanguageModel) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def select(
     dropped = [f"{n} {name.replace('_', ' ')}" for name, n in counts.items()][2:]
     summary = f"{len(kept)} of {len(answers)} answers kept ({', '.join(dropped)})"
     if not kept:
-        raise UsageError(f"nothing is left to learn from: {summary}; see --max-new-tokens")
+        raise UsageError(f"nothing is left to learn from: {summary}")
     tokens = sum(len(e.student.targets) for e in kept)
     PartialState().print(f"training text: {summary}, {tokens} target tokens")
     return kept, dict(counts)

@@ -50,7 +50,7 @@ class Arguments(Flags):
             raise common.UsageError("--skew must be 0 or lie in (1e-6, 1)")
         if self.jsd_beta != 0.5 and self.kl != "jsd":
             raise common.UsageError("--jsd-beta applies to --kl jsd")
-        if self.skew and self.kl == "jsd":
+        if self.skew and self.kl not in ("forward", "reverse"):
             raise common.UsageError("--skew applies to --kl forward and reverse, not to jsd")
         if self.api_base_url and self.temperature != 1:
             raise common.UsageError(
@@ -61,7 +61,7 @@ class Arguments(Flags):
 
 
 class TokenLevelLoss(nn.Module):
-    """The student and its loss in one `forward`, through which gradients are synchronised."""
+    """The student and its loss. What is registered here is trained, synchronised and saved."""
 
     def __init__(
         self, student: LanguageModel, teacher_head: Head | None, objective: Objective

@@ -162,6 +162,15 @@ def test_frozen_head_gets_no_gradient():
     assert torch.equal(ours[0], full[0])
 
 
+@pytest.mark.parametrize("rows", [4, 6])
+def test_as_many_rows_of_the_teacher_as_targets(rows: int):
+    hidden, student, theirs, teacher, targets = random_heads(bias=False)
+    with pytest.raises(ValueError, match=rf"{rows} rows of the teacher for 5 targets"):
+        common.distillation_loss(
+            Logits(hidden[:5], student), targets[:5], Objective(), Logits(theirs[:rows], teacher)
+        )
+
+
 def test_without_a_teacher_it_is_cross_entropy():
     hidden, student, _, _, targets = random_heads(bias=False)
     loss, sums = common.distillation_loss(

@@ -264,6 +264,26 @@ def test_out_of_memory_is_one_sentence(problem: Exception, monkeypatch, capsys):
         assert f"--{flag}" in error
 
 
+def test_a_lost_server_and_a_full_disk_are_two_sentences(monkeypatch, capsys):
+    """The checkpoint that the first error asks for cannot be written."""
+
+    class Full:
+        def interrupt(self) -> None:
+            raise common.UsageError("cannot write step-000004 (is the disk full?)")
+
+    def main(_: Any) -> None:
+        raise common.ServerLost("the server does not answer")
+
+    monkeypatch.setattr(sys, "argv", ["token_level.py"])
+    monkeypatch.setattr(common.Run, "current", Full())
+    with pytest.raises(SystemExit) as end:
+        common.launch(main, token_level.Arguments, "")
+    lines = ["error: the server does not answer", "error: cannot write step-000004"]
+    assert end.value.code == 2
+    for line, said in zip(lines, capsys.readouterr().err.splitlines(), strict=True):
+        assert said.startswith(line)
+
+
 def test_other_runtime_errors_are_not_hidden(monkeypatch):
     def main(_: Any) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700)

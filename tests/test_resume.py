@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, run_in_process, run_script, tiny_model, wait_for
 from forked import ForkedScript
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import common
 import token_level
@@ -238,6 +238,82 @@ def test_other_text_cannot_be_resumed_on(tmp_path):
     assert (tmp_path / "run/results.json").exists()
 
 
+def test_other_references_or_another_teacher_cannot_be_resumed_with(tmp_path):
+    """The scores before and after would be of different answers."""
+    rows = [{"prompt": w, "response": "N"} for w in ("night", "train", "river", "seven")]
+    held_out = {"prompt": "cloud", "references": ["K L AW1 D"]}
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("dataset", "eval_dataset")}
+    shutil.copytree(common.DATA / "teacher", tmp_path / "teacher")
+    flags = {"teacher": str(tmp_path / "teacher"), "completions": "dataset", "max_rows": 0}
+    flags |= {"max_steps": 4} | {name: str(file) for name, file in files.items()}
+    common.write_json_lines(files["dataset"], rows)
+    common.write_json_lines(files["eval_dataset"], [held_out])
+    in_process(tmp_path / "run", **flags)
+    (tmp_path / "run/results.json").unlink()
+
+    def refused() -> None:
+        with pytest.raises(common.UsageError, match=r"cannot continue .*are not what they were"):
+            in_process(tmp_path / "run", resume=True, **flags)
+
+    common.write_json_lines(files["eval_dataset"], [held_out | {"references": ["K L AW1 D Z"]}])
+    refused()
+    common.write_json_lines(files["eval_dataset"], [held_out])
+    weights = tmp_path / "teacher/model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] *= torch.linspace(0, 1, len(tensors["model.norm.weight"]))
+    save_file(tensors, weights, metadata={"format": "pt"})
+    refused()
+
+
+def test_arguments_are_checked_again_once_the_directory_is_locked(tmp_path, monkeypatch):
+    """Another run may have begun, and died, while this one loaded its models."""
+    flags, load = {"max_steps": 4}, common.load_pair
+
+    def slowly(*inputs: object) -> common.Pair:
+        monkeypatch.setattr(common, "load_pair", load)
+        in_process(tmp_path / "run", learning_rate=1e-4, **flags)
+        (tmp_path / "run/results.json").unlink()
+        return load(*inputs)
+
+    monkeypatch.setattr(common, "load_pair", slowly)
+    with pytest.raises(common.UsageError, match=r"started with --learning-rate 0.0001, not 0.002"):
+        in_process(tmp_path / "run", resume=True, **flags)
+
+
+def test_a_signal_during_the_last_checkpoint_stops_the_run(tmp_path, monkeypatch):
+    write = common.Run._write_checkpoint
+
+    def interrupted(run: common.Run, step: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(run, step)
+
+    monkeypatch.setattr(common.Run, "_write_checkpoint", interrupted)
+    monkeypatch.setattr(common, "end_by", lambda number: sys.exit(f"by {number}"))
+    with pytest.raises(SystemExit, match="by 15"):
+        in_process(tmp_path / "run", max_steps=4, save_steps=0)
+    assert not (tmp_path / "run/results.json").exists()
+    monkeypatch.undo()
+    in_process(tmp_path / "run", max_steps=4, save_steps=0, resume=True)
+    assert (tmp_path / "run/results.json").exists()
+
+
+def test_lost_lines_of_metrics(tmp_path, capsys):
+    """A torn last line is dropped; without a checkpoint the run begins anew, and says so."""
+    flags = {"max_steps": 8, "eval_steps": 0}
+    in_process(tmp_path / "whole", **flags)
+    in_process(tmp_path / "run", **flags)
+    (tmp_path / "run/results.json").unlink()
+    file = tmp_path / "run/metrics.jsonl"
+    os.truncate(file, file.stat().st_size - 5)
+    in_process(tmp_path / "run", resume=True, **flags)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    (tmp_path / "run/results.json").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    in_process(tmp_path / "run", resume=True, **flags)
+    assert "has no checkpoint, so the run begins anew" in capsys.readouterr().out
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
 def test_a_checkpoint_is_read_as_it_was_written(tmp_path, monkeypatch):
     """In UTF-8, where the system has another encoding."""
     in_process(tmp_path / "run")
@@ -270,11 +346,12 @@ def test_old_checkpoints_are_removed_and_corrupt_ones_named(whole_run, tmp_path)
     broken.unlink()
     shutil.copytree(run / "checkpoints" / last, run / "checkpoints" / "step-000002")
     (run / "checkpoints/.DS_Store").touch()  # of a file manager
+    copy = shutil.copytree(run / "checkpoints/step-000002", run / "checkpoints/step-000002.bak")
     with open(run / "metrics.jsonl", "a") as stream:
         stream.write('{"step": 21, "train')
     in_process(run, resume=True, save_total_limit=1)
     assert_same(run, whole_run)
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [".DS_Store", last]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [".DS_Store", copy.name, last]
 
 
 def test_checkpoints_are_ordered_by_their_steps(tmp_path):

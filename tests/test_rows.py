@@ -273,8 +273,9 @@ def test_directories_of_save_to_disk_and_nulls_of_arrow(tmp_path: Path, models):
     for split, size in (("train", 2), ("test", 1)):
         args = common.Flags(**two, eval_split=split)
         assert [len(part) for part in common.load_data(args)] == [2, size]
-    with pytest.raises(UsageError, match=r"cannot load .*two.*dev"):
-        common.load_conversations(str(tmp_path / "two"), split="dev")
+    for directory in ("one", "two"):
+        with pytest.raises(UsageError, match=rf"cannot load .*{directory}.*dev"):
+            common.load_conversations(str(tmp_path / directory), split="dev")
     (tmp_path / "dates").mkdir()
     write_rows(tmp_path / "dates/train.jsonl", [{"prompt": "when?", "answer": "2024-01-05"}] * 2)
     with pytest.raises(UsageError, match=r"row 1: .*'not text': '2024"):

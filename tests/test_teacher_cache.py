@@ -175,6 +175,13 @@ def test_an_example_that_occurs_twice_has_one_tensor(tiny, examples, tmp_path):
     assert states([twin]).equal(states([examples[0]]))
 
 
+def test_two_lists_may_be_joined_though_both_count_from_0(tiny, examples, tmp_path):
+    other = [dataclasses.replace(e, index=i) for i, e in enumerate(examples[::-1])]
+    states = cached(tiny("llama"), [*examples, *other], tmp_path)
+    live = states(examples[:4], live=True)
+    torch.testing.assert_close(states(examples[:4]), live, rtol=1e-5, atol=1e-5)
+
+
 def test_a_disk_too_small_is_an_error_before_anything_is_written(
     tiny, examples, tmp_path, monkeypatch, capsys, computed
 ):
