@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import codecs
 import contextlib
 import copy
 import csv
@@ -50,6 +51,7 @@ import threading
 import time
 import unicodedata
 import weakref
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -448,24 +450,27 @@ def load_conversations(
     return conversations
 
 
-def _read_text(source: str) -> str:
-    with usage_error(f"cannot read {source}", Exception):  # of file or gzip
-        raw = Path(source).read_bytes()
-        raw = gzip.decompress(raw) if source.endswith(".gz") else raw
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as problem:
-        line = raw[: problem.start].count(b"\n") + 1
-        raise UsageError(f"{source}:{line}: not UTF-8") from None
+def _parts(source: str, may_be_array: bool = False) -> Iterator[tuple[int, str]]:
+    """The lines of a file, which may be gzipped, with their numbers; a JSON array at once."""
+    with (
+        usage_error(f"cannot read {source}", OSError, EOFError, zlib.error),
+        gzip.open(source) if source.endswith(".gz") else open(source, "rb") as file,
+    ):
+        array = may_be_array and file.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+        for number, raw in [(1, file.read())] if array else enumerate(file, 1):
+            try:
+                yield number, raw.decode("utf-8-sig")
+            except UnicodeDecodeError as problem:
+                line = number + raw[: problem.start].count(b"\n")
+                raise UsageError(f"{source}:{line}: not UTF-8") from None
 
 
 def _json_records(source: str) -> Iterator[tuple[str, Any]]:
     """The objects of a JSON array, or one from each line, whatever the file is called."""
-    text = _read_text(source)
-    is_array = text.lstrip().startswith("[")
-    for number, part in [(1, text)] if is_array else enumerate(text.split("\n"), 1):
+    for number, part in _parts(source, may_be_array=True):
+        is_array = number == 1 and part.lstrip().startswith("[")
         try:
-            record = json.loads(part) if part.strip() else None
+            record = json.loads(part.rstrip()) if part.strip() else None
         except (ValueError, RecursionError) as problem:
             line = number + getattr(problem, "lineno", 1) - 1
             reason = getattr(problem, "msg", problem)
@@ -479,7 +484,8 @@ def _json_records(source: str) -> Iterator[tuple[str, Any]]:
 def _csv_records(source: str) -> Iterator[tuple[str, Any]]:
     """Every cell is text: a reader that guesses types would turn the word `null` into None."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(_read_text(source), newline=""), strict=True)
+    lines = (line for _, part in _parts(source) for line in io.StringIO(part, newline=""))
+    reader = csv.DictReader(lines, strict=True)
     try:
         for record in reader:
             if None in record:
@@ -1184,7 +1190,7 @@ def load_tokenizer(name: str, revision: str, template_file: str | None) -> Token
     with usage_error(f"no usable tokenizer in {name}", *LOAD_ERRORS):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         if template_file:
-            tokenizer.chat_template = _read_text(template_file)
+            tokenizer.chat_template = "".join(part for _, part in _parts(template_file))
         if tokenizer.chat_template:
             tokenizer.get_chat_template()  # refuses named templates without a default
     if not tokenizer.is_fast:

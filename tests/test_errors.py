@@ -13,6 +13,7 @@ import os
 import shutil
 import struct
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -459,6 +460,18 @@ def test_json_is_read_whatever_the_file_is_called(name: str, tmp_path: Path):
         assert [c.source.removeprefix(str(tmp_path / name)) for c in pair] == [
             f":{i + 1}", f": row {i + 1}"
         ]  # fmt: skip
+
+
+def test_a_file_is_not_held_in_memory(tmp_path: Path):
+    """What reading takes at most is what is kept; of a first part, next to nothing."""
+    rows = [{"prompt": "x" * 2000 + "😀" * (i == 5), "answer": "y"} for i in range(2000)]
+    common.write_json_lines(tmp_path / "a.jsonl", rows)
+    for count, megabytes in ((0, 8), (10, 0.2)):
+        tracemalloc.start()
+        kept = common.load_conversations(str(tmp_path / "a.jsonl"), max_rows=count)
+        now, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(kept) == (count or 2000) and peak < megabytes * 1e6 and peak < now + 1e5
 
 
 def test_run_directories_are_numbered_or_replaced(tmp_path: Path):
