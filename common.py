@@ -47,14 +47,12 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import unicodedata
 import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -117,6 +115,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 STARTED = time.perf_counter()  # for the seconds in results.json
 DATA = Path(__file__).resolve().parent / "data"
 Tokenizer = PreTrainedTokenizerBase
+os.umask(UMASK := os.umask(0o077))
+READABLE = 0o666 & ~UMASK  # of files that safetensors writes for their owner alone
 KEY = "OPENAI_API_KEY"  # the environment variable that holds a server's key
 PUBLISHED = ".published"  # marks a --rollout-weights directory that may be overwritten
 URL = r"https?://(\[[\w:]+\]|[^][\s/?#@:]+)(:\d+)?(/[^\s?#@]*)?"
@@ -140,7 +140,12 @@ def usage_error(prefix: str, *kinds: type[Exception], about: str = "") -> Iterat
             raise
         lines = (str(problem).strip() or type(problem).__name__).splitlines()
         text = " ".join(lines[: 1 + lines[0].rstrip().endswith(":")])
-        raise UsageError(f"{prefix}: {text[:300]}") from None
+        raise UsageError(f"{prefix}: {printable(text)[:300]}") from None
+
+
+def printable(text: str) -> str:
+    """Text of models and servers, whose control characters could write over a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError)
@@ -358,7 +363,7 @@ def launch(main: Callable[[Any], None], kind: type[Flags], description: str) -> 
         if isinstance(problem, ServerLost) and Run.current:
             try:
                 Run.current.interrupt()
-            except UsageError as another:
+            except (UsageError, OSError) as another:
                 sys.stderr.write(f"error: {another}\n")
         sys.exit(2)
     except KeyboardInterrupt:
@@ -753,7 +758,7 @@ def final_text(text: str) -> str:
 
 def _last_number(text: str) -> float | None:
     text = re.sub(r"\{,\}|(?<=\d)\\,(?=\d)|\\!", "", text)  # LaTeX: 10{,}000
-    whole = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)"
+    whole = r"(?:\d{1,3}(?:,\d{2,3}){0,9},\d{3}(?!\d)|\d+)"
     numbers = re.findall(rf"(?:(?<!\d)[-−])?(?:{whole}(?:\.\d+)?|\.\d+)", text)
     return float(numbers[-1].replace("−", "-").replace(",", "")) if numbers else None
 
@@ -815,14 +820,32 @@ def load_grader(name: str) -> Callable[[str, dict[str, Any]], bool]:
     def grade(text: str, row: dict[str, Any]) -> bool:
         if text.strip() and not final_text(text).strip():
             return False  # reasoning alone is no answer
-        value = read(final_text(text))
-        return value is not None and value in [read(final_text(r)) for r in row["references"]]
+        with contextlib.suppress(TooLong), time_limit():  # a pattern may take for ever
+            value = read(final_text(text))
+            return value is not None and value in [read(final_text(r)) for r in row["references"]]
+        return False
 
     return grade
 
 
 class TooLong(BaseException):
     """Ends a grader; not an Exception, which the grader itself could catch."""
+
+
+@contextlib.contextmanager
+def time_limit() -> Iterator[None]:
+    """Ends what takes more than `GRADER_SECONDS` by `TooLong`."""
+
+    def stop(*_: Any) -> None:
+        raise TooLong(f"it ran for more than {GRADER_SECONDS:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, GRADER_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class FunctionGrader:
@@ -838,14 +861,11 @@ class FunctionGrader:
             self.function = getattr(module, attribute)
         self.name, self.failures = name, list[str]()
 
-    def _stop(self, *_: Any) -> None:
-        raise TooLong(f"it ran for more than {GRADER_SECONDS:g} seconds")
-
     def __call__(self, text: str, row: dict[str, Any]) -> bool:
-        before = signal.signal(signal.SIGALRM, self._stop)
-        signal.setitimer(signal.ITIMER_REAL, GRADER_SECONDS)
         try:
-            if (right := self.function(text, row)) not in (True, False):
+            with time_limit():
+                right = self.function(text, row)
+            if right not in (True, False):
                 raise TypeError(f"it returned {right!r:.50}, not True or False")
             return bool(right)
         except (Exception, SystemExit, TooLong) as problem:
@@ -854,9 +874,6 @@ class FunctionGrader:
                 line = f"--grader {self.name} failed, counted as wrong: {self.failures[0]}"
                 print(line, file=sys.stderr)
             return False
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
 
 
 def check_grader(name: str, conversations: Sequence[Conversation]) -> None:
@@ -1210,6 +1227,8 @@ def open_model(
     dtype = args.teacher_dtype if is_teacher else args.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if Path(name, "adapter_config.json").is_file():
+        raise UsageError(f"{name} holds an adapter of peft: merge it into its base model first")
     tokenizer = load_tokenizer(name, revision, args.chat_template)
     tokenizer.chat_template = tokenizer.chat_template or template
     if not tokenizer.chat_template:
@@ -1402,6 +1421,9 @@ def prepare_student(student: LanguageModel, args: Flags) -> None:
         student.model.activation_checkpointing_enable()
 
 
+TRANSLATION = "peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers"
+
+
 def add_adapters(student: LanguageModel, rank: int) -> None:
     """LoRA on stacked experts and on all linear layers except the head; all else is frozen (Hu et
     al. 2021). Layers are replaced in place, so backbone and head keep their places in the model."""
@@ -1413,7 +1435,9 @@ def add_adapters(student: LanguageModel, rank: int) -> None:
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", target_parameters=sorted(stacks)
     )
-    with usage_error("--lora-rank", ValueError):  # peft knows layers that it cannot adapt
+    # peft knows layers that it cannot adapt. What it makes of adapters that transformers 4 trained
+    # would leave out the dense layers of many mixtures of experts.
+    with usage_error("--lora-rank", ValueError), mock.patch(TRANSLATION):
         student.adapters = LoraModel(student.model, config, "default")
     reached = {f"{name}.weight" for name in student.adapters.targeted_module_names}
     reached |= set(student.adapters.targeted_parameter_names)
@@ -2301,7 +2325,7 @@ def _generate_batch(
     ids, mask, limits, draws, ends = (to_device(tensor, device) for tensor in inputs)
     responses = torch.full(draws.shape, -1, device=device)  # (B, longest response), -1 not written
     rows = torch.arange(len(prompts), device=device)  # those that are still generated
-    done = torch.zeros_like(rows, dtype=torch.bool)
+    done, finite = torch.zeros_like(rows, dtype=torch.bool), torch.ones((), device=device).bool()
     head = model.head().cast(model.compute_dtype)
     reader = CachedReader(model, mask, width) if model.cache else None
     for step in range(draws.shape[1]):
@@ -2311,6 +2335,7 @@ def _generate_batch(
             written = [[i for i in r if i >= 0] for r in responses.tolist()]
             texts = [with_response(prompts[i] + written[i], [0]) for i in rows.tolist()]
             hidden = model.hidden_states(collate(texts, device))  # reads all of each text again
+        finite = finite & hidden.isfinite().all()
         tokens = choose(head.logits(hidden), draws[rows, step])
         responses[rows, step] = torch.where(done, -1, tokens)
         done = done | torch.isin(tokens, ends) | (step + 1 >= limits[rows])
@@ -2323,6 +2348,8 @@ def _generate_batch(
                 if reader:
                     reader.keep(left)
         ids = tokens[:, None]
+    if not finite:
+        raise UsageError(f"{model.name} overflows in {hidden.dtype} (or its weights are damaged)")
     return [[i for i in response if i >= 0] for response in responses.tolist()]
 
 
@@ -2429,6 +2456,7 @@ def save_tensors(path: Path, **tensors: Tensor | None) -> None:
     given = {name: t for name, t in tensors.items() if t is not None}
     with usage_error(f"cannot write {path}", SafetensorError):  # a full disk
         save_file({name: t.detach().cpu().contiguous() for name, t in given.items()}, part)
+    part.chmod(READABLE)
     os.replace(part, path)
 
 
@@ -2738,7 +2766,7 @@ class Server:
             while problem := problem.__cause__ or problem.__context__:
                 words = str(problem) or words  # the innermost cause tells most
         words = words.replace(self.key or "\0", "[key]").encode("utf-8", "replace").decode()
-        return (words.strip().splitlines() or ["nothing"])[0][:300]
+        return printable((words.strip().splitlines() or ["nothing"])[0])[:300]
 
 
 class ServerTeacher(Server):
@@ -2931,21 +2959,6 @@ def in_step(work: Callable[[], Item]) -> Item:
     if problems := [p for p in gather_object([problem]) if p]:
         raise ServerLost(problems[0])
     return result
-
-
-def in_background(work: Callable[..., Item], *inputs: Any) -> Callable[[], Item]:
-    """Start `work(*inputs)`, and return what waits for its result. The thread does not keep a
-    process from ending, as those of an executor do."""
-    future: Future[Item] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work(*inputs))
-        except BaseException as problem:
-            future.set_exception(problem)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future.result
 
 
 class RolloutServer(ServerTeacher):
@@ -3583,8 +3596,8 @@ def start(script: str, args: Flags) -> Accelerator:
         PartialState().print(f"--resume: {directory} holds no run yet, so a new one begins")
     elif args.output_dir and left and not args.overwrite:
         raise UsageError(f"--output-dir {directory} is not empty: add --overwrite or --resume")
-    elif args.overwrite and left and not (directory / "args.json").is_file():
-        raise UsageError(f"--overwrite would remove {directory}, which is no run (no args.json)")
+    elif args.overwrite and left and not is_run(directory):
+        raise UsageError(f"--overwrite would remove {directory}, whose args.json is of no run")
     read = [args.student, args.teacher, args.dataset, args.eval_dataset, args.cache_dir,
             args.chat_template, args.grader.rpartition(":")[0]] * args.overwrite  # fmt: skip
     for path in (Path(name) for name in read if name):
@@ -3593,6 +3606,14 @@ def start(script: str, args: Flags) -> Accelerator:
             raise UsageError(f"--overwrite would remove {path}, which this run reads")
     torch.manual_seed(args.seed)  # for the initial weights of adapters
     return accelerator
+
+
+def is_run(directory: Path) -> bool:
+    """Whether its args.json is one of this suite."""
+    try:
+        return "script" in json.loads((directory / "args.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def check_resume(directory: Path, script: str, args: Flags) -> None:
@@ -3700,8 +3721,8 @@ class Run:
         text = hashlib.sha256()
         for item in (*examples, *evaluator.prompts):
             text.update(repr((item.student, item.teacher)).encode())
-        right = [tally["exact"] for tally in evaluator.teacher_tallies]
-        text.update(repr((evaluator.rows, evaluator.answers, right)).encode())
+        references = [prompt.conversation.references for prompt in evaluator.prompts]
+        text.update(repr((references, evaluator.answers)).encode())
         # What a checkpoint holds beside weights, optimizer and random state.
         start = {"step": 0, "lines": 0, "seconds": 0.0, "before": None, "text": text.hexdigest()}
         self.state = start
@@ -3716,13 +3737,14 @@ class Run:
                     "--overwrite starts it anew"
                 )
         self.began = STARTED - self.state["seconds"]  # as if it had not been interrupted
-        metrics = self.directory / "metrics.jsonl"
-        if metrics.exists() and accelerator.is_main_process:  # drop what the checkpoint lacks
-            if self.checkpoint is None:
-                print(f"{self.directory} has no checkpoint, so the run begins anew")
-            lines = metrics.read_bytes().splitlines(keepends=True)[: self.state["lines"]]
-            lines = [line for line in lines if line.endswith(b"\n")]  # one may have been torn
-            os.truncate(metrics, sum(map(len, lines)))
+        if accelerator.is_main_process and args.resume:  # drop what the checkpoint lacks
+            with open(self.directory / "metrics.jsonl", "ab+") as file:
+                if file.tell() and self.checkpoint is None:
+                    print(f"{self.directory} has no checkpoint, so the run begins anew")
+                file.seek(0)
+                lines = list(itertools.islice(file, self.state["lines"]))
+                lines = [line for line in lines if line.endswith(b"\n")]  # one may have been torn
+                file.truncate(sum(map(len, lines)))
             self.state["lines"] = len(lines)
         if args.report_to != "none":
             accelerator.log_with = [LoggerType(args.report_to)]
@@ -3903,7 +3925,7 @@ class Run:
         if self.accelerator.is_main_process:
             write_json(path / "state.json", self.state)
             keep = self._checkpoints()[-self.args.save_total_limit :]  # 0: all that are whole
-            for old in {*self._steps()} - {*keep}:
+            for old in [p for p in self._steps() if p not in keep and not p.is_symlink()]:
                 (old / "state.json").unlink(missing_ok=True)  # first: then it does not count
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
@@ -3993,6 +4015,8 @@ def save_student(student: LanguageModel, directory: Path, card: str, **options: 
     if student.adapters is not None:
         student.adapters.merge_and_unload()
     student.model.save_pretrained(directory, **options)
+    for path in directory.glob("*.safetensors"):
+        path.chmod(READABLE)
     student.tokenizer.save_pretrained(directory)
     restore_own_files(student, directory)
     (directory / "README.md").write_text(card, encoding="utf-8")
@@ -4024,6 +4048,7 @@ def restore_own_files(student: LanguageModel, directory: Path) -> None:
     if isinstance(template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]
     tokenizer["chat_template"] = template
+    tokenizer.pop("auto_map", None)
     if tokenizer.get("tokenizer_class") == "TokenizersBackend":
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(tokenizer.get("extra_special_tokens"), list):

@@ -29,6 +29,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal
 
@@ -227,7 +228,8 @@ class Rollouts:
         with student.evaluating():
             if self.server:
                 self.server.publish(prompts[:8])
-                wait = common.in_background(self.server.write, mine, temperature)
+                asked = ThreadPool(1).apply_async(self.server.write, (mine, temperature))
+                wait = asked.get  # its thread does not keep a process from ending
             else:
                 seeds = [common.row_seed(args.seed, "rollout", *key) for key in keys]
                 written = sorted(common.generate(student, prompts, seeds, args, temperature))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +22,7 @@ class Graph(TorchDispatchMode):
     """In the place of `torch.cuda.CUDAGraph`."""
 
     replays = 0
+    modes: ClassVar[list[str]] = []  # that `set_sync_debug_mode` was called with
 
     def __init__(self) -> None:
         super().__init__()

@@ -192,8 +192,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
     """CUDA graphs are emulated; `replays` counts theirs."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: Graph.modes.append(mode))
     monkeypatch.setattr(Graph, "replays", 0)
+    monkeypatch.setattr(Graph, "modes", [])
     return Graph
 
 

@@ -382,7 +382,8 @@ LORA = {
     "llama": "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
     "gpt2": "c_attn, c_fc, c_proj",
     "gpt_oss": "down_proj, gate_up_proj, k_proj, o_proj, q_proj, v_proj",
-    "mixtral": "down_proj, gate, gate_up_proj, k_proj, o_proj, q_proj, v_proj",
+    "mixtral": "down_proj, gate_up_proj, k_proj, o_proj, q_proj, v_proj",
+    "deepseek_v3": "down_proj, gate_proj, gate_up_proj, ",  # also in dense layers
     "jamba": "down_proj, ",  # its expert layers and what is beside them
     "gemma3": "down_proj, ",
 }
@@ -399,7 +400,11 @@ def test_adapters_reach_experts(kind: str, tmp_path: Path, capsys: pytest.Captur
     trained = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
     experts = {name for name in trained if "expert" in name}
-    assert bool(experts) == (kind in ("gpt_oss", "mixtral", "jamba"))
+    assert bool(experts) == (kind in ("gpt_oss", "mixtral", "deepseek_v3", "jamba"))
+    plain = [n for n, m in student.model.named_modules() if type(m) is torch.nn.Linear]
+    assert [n for n in plain if ".base_layer" not in n and "lora_" not in n] == ["lm_head"]
+    ranks = {p.shape[0] for n, p in trained.items() if "lora_A" in n}
+    assert ranks <= {2, 2 * getattr(student.config, "num_local_experts", 4)}, ranks
     optimizer = common.make_optimizer(student.model, token_level.Arguments(learning_rate=1e-2))
     losses = []
     for _ in range(4):

@@ -33,6 +33,7 @@ import token_level
 
 WORDS = ["night", "train", "knowledge", "river", "seven", "cloud"]
 GOOD = [{"prompt": word, "response": "N AA1 L AH0 JH"} for word in WORDS]
+RUN = '{"script": "token_level"}'  # args.json of a run
 # A case that wrongly succeeds must not take long; a case's own flags come later and win.
 SMALL = [
     "--dataset", "good.jsonl", "--max-steps", "2", "--batch-size", "4", "--max-new-tokens", "4",
@@ -152,11 +153,23 @@ CASES = [
          ["--template-kwargs", "messages"]),
     Case("a run that would remove its cache", "--output-dir run --overwrite --cache-dir run/cache",
          ["--overwrite would remove run/cache"],
-         prepare=lambda tmp: ((tmp / "run").mkdir(), (tmp / "run/args.json").write_text("{}"))),
+         prepare=lambda tmp: ((tmp / "run").mkdir(), (tmp / "run/args.json").write_text(RUN))),
     Case("a run that would remove its student", "--output-dir run --overwrite --student run/final",
          ["--overwrite would remove run/final, which this run reads"],
          prepare=lambda tmp: (shutil.copytree(common.DATA / "student", tmp / "run/final"),
-                              (tmp / "run/args.json").write_text("{}"))),
+                              (tmp / "run/args.json").write_text(RUN))),
+    Case("another program's directory", "--output-dir run --overwrite",
+         ["--overwrite would remove run, whose args.json is of no run"],
+         prepare=lambda tmp: ((tmp / "run").mkdir(),
+                              (tmp / "run/args.json").write_text('{"lr": 1}'))),
+    Case("an adapter as student", "--student adapter",
+         ["adapter holds an adapter of peft", "merge it"],
+         prepare=lambda tmp: ((tmp / "adapter").mkdir(),
+                              (tmp / "adapter/adapter_config.json").write_text("{}"))),
+    Case("a template that clears the screen", "--chat-template clear.jinja",
+         [r"\x1b[2Jgone"],
+         prepare=lambda tmp: (tmp / "clear.jinja").write_text(
+             "{{ raise_exception('\x1b[2Jgone') }}")),
     Case("temperature 0", "--temperature 0", ["--temperature", "above 0"]),
     Case("temperature nan", "--temperature nan", ["--temperature", "nan"]),
     Case("temperature negative", "--temperature -1", ["--temperature", "-1"]),

@@ -158,7 +158,7 @@ def test_captured_steps_give_the_same_text(kind: str, tiny, graphs, monkeypatch)
     )
     assert write(model, prompts, max_new_tokens=60) == expected
     hook.remove()
-    rows, size, warm, passes, replays = 24, 32, False, [24], 0
+    rows, size, warm, passes, replays, watched = 24, 32, False, [24], 0, 0
     for step in range(1, max(lengths := [c.length for c in expected])):
         left = sum(n > step for n in lengths)
         if left <= rows / 2 or 12 + step > size:  # shapes change
@@ -166,10 +166,22 @@ def test_captured_steps_give_the_same_text(kind: str, tiny, graphs, monkeypatch)
             size, warm, captured = size + 20 * (12 + step > size), False, False
         if not warm or not captured:
             passes.append(rows)
-        replays += warm
+        replays, watched = replays + warm, watched + (not warm)
         warm, captured = warm or step >= 8, warm
     assert (sizes, graphs.replays) == (passes, replays)
+    assert graphs.modes == ["error", "default"] * watched  # before a capture nothing may wait
     assert len(set(sizes)) > 2 and size == 72
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_text_of_a_model_that_overflows_is_refused(tiny, temperature: float):
+    """Its tokens would be arbitrary, and kept for later runs."""
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight[7] = torch.inf
+    assert len(write(model, [[5, 6]], temperature=temperature)) == 1
+    with pytest.raises(UsageError, match=r"llama-0 overflows in torch\.float32"):
+        write(model, [[5, 6], [7, 8]], temperature=temperature)
 
 
 def test_a_step_that_waits_for_the_gpu_is_not_captured(tiny, graphs):

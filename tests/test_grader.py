@@ -103,7 +103,10 @@ def test_each_grader_on_answers_and_references(grader, text, reference, right):
         ("SELECT COUNT(*) FROM items a, items b, items c, items d", "interrupted"),
         ("WITH RECURSIVE x(n) AS (SELECT 1 UNION ALL SELECT n FROM x) SELECT n FROM x", "not auth"),
         ("DELETE FROM items", "not authorized"),
-        ("SELECT length(hex(zeroblob(300000000)))", "too big"),
+        ("SELECT length(hex(zeroblob(300000000)))", "not authorized"),
+        ("SELECT group_concat(a.quantity || b.quantity) FROM items a, items b", "too big"),
+        (f"SELECT {','.join('x' * 50)} FROM (SELECT name AS x FROM items)", "too many columns"),
+        ("SELECT fts3_tokenizer('simple', x'4141414141414141')", "not authorized|no such function"),
     ],
 )
 def test_a_query_is_bounded(query: str, problem: str):
@@ -173,6 +176,15 @@ def test_exceptions_and_time_out_count_as_wrong_and_are_said_once(tmp_path, monk
     assert [grade(text, talk.row()) for text in answers] == [True, *[False] * 4]
     assert grade.failures[1] == "rows:7: TooLong: it ran for more than 0.2 seconds"
     assert capsys.readouterr().err.count("counted as wrong: rows:7: ZeroDivisionError") == 1
+
+
+def test_built_in_graders_end_too(monkeypatch):
+    """A pattern that tries everything is given up; a long list of numbers is read at once."""
+    monkeypatch.setattr(common, "GRADER_SECONDS", 0.5)
+    row = {"references": ["7"]}
+    assert not common.load_grader(r"regex:answer: (\w+\s?)+$")(f"answer: {'a' * 60}!", row)
+    assert common.load_grader("number")("10,20,30," * 4000 + " 7", row)
+    assert common.load_grader("number")("1,234,567.5", {"references": ["1234567.5"]})
 
 
 def test_a_grader_with_dataclasses(tmp_path):

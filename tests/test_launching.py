@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,23 @@ def test_a_trained_student_is_never_lost_to_a_save(tmp_path: Path, monkeypatch):
     final.unlink()
     run_in_process(token_level, **flags, resume=True)
     AutoModelForCausalLM.from_pretrained(final)
+
+
+def test_what_is_saved_can_be_read_by_others(tmp_path: Path):
+    """As other files can, although safetensors writes its own for their owner alone; the tokenizer
+    names no code, which is not copied."""
+    shutil.copytree(common.DATA / "student", tmp_path / "s")
+    config = json.loads((tmp_path / "s/tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": [None, "own.Own"]}
+    (tmp_path / "s/tokenizer_config.json").write_text(json.dumps(config))
+    args = token_level.Arguments(student=str(tmp_path / "s"))
+    student = common.load_student(args, torch.device("cpu"))
+    common.save_student(student, tmp_path / "final", "")
+    common.save_tensors(tmp_path / "states.safetensors", x=torch.ones(1))
+    (tmp_path / "plain").touch()
+    for name in ("final/model.safetensors", "states.safetensors"):
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert "auto_map" not in json.loads((tmp_path / "final/tokenizer_config.json").read_text())
 
 
 def test_no_room_for_the_weights(tmp_path: Path, monkeypatch):

@@ -298,15 +298,18 @@ def test_a_signal_during_the_last_checkpoint_stops_the_run(tmp_path, monkeypatch
 
 
 def test_lost_lines_of_metrics(tmp_path, capsys):
-    """A torn last line is dropped; without a checkpoint the run begins anew, and says so."""
+    """A torn line is dropped; without a checkpoint the run begins anew, and says so."""
     flags = {"max_steps": 8, "eval_steps": 0}
     in_process(tmp_path / "whole", **flags)
-    in_process(tmp_path / "run", **flags)
-    (tmp_path / "run/results.json").unlink()
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
     file = tmp_path / "run/metrics.jsonl"
-    os.truncate(file, file.stat().st_size - 5)
-    in_process(tmp_path / "run", resume=True, **flags)
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    whole = file.read_bytes().splitlines(keepends=True)
+    for left in (b"".join(whole)[:-5], b"".join(whole[:3])[:-5], b""):
+        file.write_bytes(left)
+        complete = metrics(tmp_path / "whole")[: left.count(b"\n")][:9]  # of the checkpoint
+        (tmp_path / "run/results.json").unlink()
+        in_process(tmp_path / "run", resume=True, **flags)
+        assert metrics(tmp_path / "run") == complete + metrics(tmp_path / "whole")[9:]
     (tmp_path / "run/results.json").unlink()
     shutil.rmtree(tmp_path / "run/checkpoints")
     in_process(tmp_path / "run", resume=True, **flags)

@@ -14,17 +14,25 @@ from typing import Any
 
 INSTRUCTIONS = 5_000_000  # of SQLite's virtual machine; the references need below 10 000
 READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
+ENDLESS = {"printf", "format", "hex", "zeroblob", "randomblob", "replace", "instr",
+           "fts3_tokenizer"}  # fmt: skip
+
+
+def allow(action: int, _: str | None, name: str | None, *__: str | None) -> int:
+    """Only reading, and no function of which one call is much work, or is remembered."""
+    endless = action == sqlite3.SQLITE_FUNCTION and name.lower() in ENDLESS
+    return sqlite3.SQLITE_OK if action in READING and not endless else sqlite3.SQLITE_DENY
 
 
 def shop() -> sqlite3.Connection:
     """The database, from now on read-only."""
     database = sqlite3.connect(":memory:")
     database.executescript(Path(__file__).with_name("shop.sql").read_text(encoding="utf-8"))
-    database.set_authorizer(
-        lambda action, *_: sqlite3.SQLITE_OK if action in READING else sqlite3.SQLITE_DENY
-    )
+    database.set_authorizer(allow)
     database.set_progress_handler(lambda: True, INSTRUCTIONS)  # stops the query
-    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000)  # bytes of a value
+    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1000)  # bytes of a value
+    database.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, 20)
+    database.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 20)
     return database
 
 
