@@ -2348,9 +2348,10 @@ def _generate_batch(
                 if reader:
                     reader.keep(left)
         ids = tokens[:, None]
-    if not finite:
+    written = torch.where(finite, responses, -2).tolist()  # waits for the GPU once
+    if written[0][0] == -2:
         raise UsageError(f"{model.name} overflows in {hidden.dtype} (or its weights are damaged)")
-    return [[i for i in response if i >= 0] for response in responses.tolist()]
+    return [[i for i in response if i >= 0] for response in written]
 
 
 # ---------------------------------------------------------- the teacher's text and hidden states
