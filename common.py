@@ -116,7 +116,6 @@ STARTED = time.perf_counter()  # for the seconds in results.json
 DATA = Path(__file__).resolve().parent / "data"
 Tokenizer = PreTrainedTokenizerBase
 os.umask(UMASK := os.umask(0o077))
-READABLE = 0o666 & ~UMASK  # of files that safetensors writes for their owner alone
 KEY = "OPENAI_API_KEY"  # the environment variable that holds a server's key
 PUBLISHED = ".published"  # marks a --rollout-weights directory that may be overwritten
 URL = r"https?://(\[[\w:]+\]|[^][\s/?#@:]+)(:\d+)?(/[^\s?#@]*)?"
@@ -791,8 +790,9 @@ def _json_value(text: str) -> str | None:
 
 def _last_match(pattern: re.Pattern[str], text: str) -> str | None:
     """The pattern's first group, or all that it matches."""
-    found = [m[min(1, pattern.groups)] for m in pattern.finditer(text)]
-    return found[-1] if found else None
+    with contextlib.suppress(TooLong), time_limit():  # it may try everything
+        found = [m[min(1, pattern.groups)] for m in pattern.finditer(text)]
+        return found[-1] if found else None
 
 
 READERS: dict[str, Callable[[str], Any]] = {
@@ -820,10 +820,8 @@ def load_grader(name: str) -> Callable[[str, dict[str, Any]], bool]:
     def grade(text: str, row: dict[str, Any]) -> bool:
         if text.strip() and not final_text(text).strip():
             return False  # reasoning alone is no answer
-        with contextlib.suppress(TooLong), time_limit():  # a pattern may take for ever
-            value = read(final_text(text))
-            return value is not None and value in [read(final_text(r)) for r in row["references"]]
-        return False
+        value = read(final_text(text))
+        return value is not None and value in [read(final_text(r)) for r in row["references"]]
 
     return grade
 
@@ -840,12 +838,12 @@ def time_limit() -> Iterator[None]:
         raise TooLong(f"it ran for more than {GRADER_SECONDS:g} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, GRADER_SECONDS)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, GRADER_SECONDS)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, left)
 
 
 class FunctionGrader:
@@ -2457,8 +2455,15 @@ def save_tensors(path: Path, **tensors: Tensor | None) -> None:
     given = {name: t for name, t in tensors.items() if t is not None}
     with usage_error(f"cannot write {path}", SafetensorError):  # a full disk
         save_file({name: t.detach().cpu().contiguous() for name, t in given.items()}, part)
-    part.chmod(READABLE)
+    make_readable(part)
     os.replace(part, path)
+
+
+def make_readable(*paths: Path) -> None:
+    """By those who can read other files; safetensors writes its own for their owner alone."""
+    for path in paths:
+        with contextlib.suppress(OSError):  # a disk may know no owners
+            path.chmod(0o666 & ~UMASK)
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -3027,6 +3032,7 @@ class RolloutServer(ServerTeacher):
                 save_tensors(self.directory / "adapter_model.safetensors", **named)
             else:
                 student.model.save_pretrained(self.directory, state_dict=weights)
+                make_readable(*self.directory.glob("*.safetensors"))
         self.load()
 
     def load(self) -> None:
@@ -3598,7 +3604,7 @@ def start(script: str, args: Flags) -> Accelerator:
     elif args.output_dir and left and not args.overwrite:
         raise UsageError(f"--output-dir {directory} is not empty: add --overwrite or --resume")
     elif args.overwrite and left and not is_run(directory):
-        raise UsageError(f"--overwrite would remove {directory}, whose args.json is of no run")
+        raise UsageError(f"--overwrite would remove {directory}, which is no run (by args.json)")
     read = [args.student, args.teacher, args.dataset, args.eval_dataset, args.cache_dir,
             args.chat_template, args.grader.rpartition(":")[0]] * args.overwrite  # fmt: skip
     for path in (Path(name) for name in read if name):
@@ -3612,7 +3618,7 @@ def start(script: str, args: Flags) -> Accelerator:
 def is_run(directory: Path) -> bool:
     """Whether its args.json is one of this suite."""
     try:
-        return "script" in json.loads((directory / "args.json").read_text(encoding="utf-8"))
+        return "script" in dict(json.loads((directory / "args.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return False
 
@@ -3722,8 +3728,9 @@ class Run:
         text = hashlib.sha256()
         for item in (*examples, *evaluator.prompts):
             text.update(repr((item.student, item.teacher)).encode())
-        references = [prompt.conversation.references for prompt in evaluator.prompts]
-        text.update(repr((references, evaluator.answers)).encode())
+        talks = [prompt.conversation for prompt in evaluator.prompts]
+        graded = [(t.references, t.columns) for t in talks], evaluator.answers
+        text.update(re.sub(" at 0x[0-9a-fA-F]+", "", repr(graded)).encode())  # of images
         # What a checkpoint holds beside weights, optimizer and random state.
         start = {"step": 0, "lines": 0, "seconds": 0.0, "before": None, "text": text.hexdigest()}
         self.state = start
@@ -3933,7 +3940,9 @@ class Run:
 
     def finish(self, **more: Any) -> None:
         """Score the student; write final/, results.json and curves.png; print the table."""
-        after, evaluator = self.evaluator(), self.evaluator
+        kept = f"the trained weights are in {self._checkpoints()[-1]}; --resume tries again"
+        with usage_error(f"the student cannot be scored ({kept})", UsageError, about="overflows"):
+            after, evaluator = self.evaluator(), self.evaluator
         before, teacher = self.state["before"], evaluator.teacher_tallies
         self._write_scores(self.steps, after)
         packages = ("torch", "transformers", "datasets", "accelerate")
@@ -3948,7 +3957,6 @@ class Run:
             "versions": {name: importlib.metadata.version(name) for name in packages},
         }
         table = results_table(results)
-        kept = f"the trained weights are in {self._checkpoints()[-1]}; --resume tries again"
         with (usage_error(f"cannot write {self.directory / 'final'} ({kept})", Exception),
               self.student.inference_copy()):  # fmt: skip
             if self.accelerator.is_main_process:
@@ -4016,8 +4024,7 @@ def save_student(student: LanguageModel, directory: Path, card: str, **options: 
     if student.adapters is not None:
         student.adapters.merge_and_unload()
     student.model.save_pretrained(directory, **options)
-    for path in directory.glob("*.safetensors"):
-        path.chmod(READABLE)
+    make_readable(*directory.glob("*.safetensors"))
     student.tokenizer.save_pretrained(directory)
     restore_own_files(student, directory)
     (directory / "README.md").write_text(card, encoding="utf-8")

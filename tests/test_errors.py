@@ -159,7 +159,7 @@ CASES = [
          prepare=lambda tmp: (shutil.copytree(common.DATA / "student", tmp / "run/final"),
                               (tmp / "run/args.json").write_text(RUN))),
     Case("another program's directory", "--output-dir run --overwrite",
-         ["--overwrite would remove run, whose args.json is of no run"],
+         ["--overwrite would remove run, which is no run (by args.json)"],
          prepare=lambda tmp: ((tmp / "run").mkdir(),
                               (tmp / "run/args.json").write_text('{"lr": 1}'))),
     Case("an adapter as student", "--student adapter",

@@ -187,6 +187,18 @@ def test_built_in_graders_end_too(monkeypatch):
     assert common.load_grader("number")("1,234,567.5", {"references": ["1234567.5"]})
 
 
+def test_time_limits_nest(tmp_path, monkeypatch):
+    """A user's function may call a built-in grader."""
+    monkeypatch.setattr(common, "GRADER_SECONDS", 0.5)
+    (tmp_path / "nests.py").write_text(
+        "import common\n\ndef own(text, row):\n"
+        "    common.load_grader('regex:\\\\d')(text, row)\n    while True:\n        pass\n"
+    )
+    grade = common.load_grader(f"{tmp_path / 'nests.py'}:own")
+    assert not grade("1", {"references": ["1"], "source": ""})
+    assert "it ran for more than 0.5 seconds" in grade.failures[0]
+
+
 def test_a_grader_with_dataclasses(tmp_path):
     """They look their module up by its name. The path has a colon of its own."""
     (tmp_path / "a:b").mkdir()

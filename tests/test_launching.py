@@ -228,6 +228,21 @@ def test_a_trained_student_is_never_lost_to_a_save(tmp_path: Path, monkeypatch):
     AutoModelForCausalLM.from_pretrained(final)
 
 
+def test_a_trained_student_that_overflows_is_named(tmp_path: Path, monkeypatch):
+    finish = common.Run.finish
+
+    def overflowing(run: common.Run) -> None:
+        with torch.no_grad():
+            run.student.model.model.norm.weight.fill_(torch.inf)
+        finish(run)
+
+    monkeypatch.setattr(common.Run, "finish", overflowing)
+    monkeypatch.chdir(tmp_path)
+    flags = {"max_rows": 8, "max_steps": 1, "eval_size": 2, "max_new_tokens": 4, "batch_size": 4}
+    with pytest.raises(common.UsageError, match=r"scored \(the trained .*step-000001.*overflows"):
+        run_in_process(token_level, output_dir="run", cache_dir="cache", **flags)
+
+
 def test_what_is_saved_can_be_read_by_others(tmp_path: Path):
     """As other files can, although safetensors writes its own for their owner alone; the tokenizer
     names no code, which is not copied."""

@@ -241,7 +241,7 @@ def test_other_text_cannot_be_resumed_on(tmp_path):
 def test_other_references_or_another_teacher_cannot_be_resumed_with(tmp_path):
     """The scores before and after would be of different answers."""
     rows = [{"prompt": w, "response": "N"} for w in ("night", "train", "river", "seven")]
-    held_out = {"prompt": "cloud", "references": ["K L AW1 D"]}
+    held_out = {"prompt": "cloud", "references": ["K L AW1 D"], "tests": "A"}
     files = {name: tmp_path / f"{name}.jsonl" for name in ("dataset", "eval_dataset")}
     shutil.copytree(common.DATA / "teacher", tmp_path / "teacher")
     flags = {"teacher": str(tmp_path / "teacher"), "completions": "dataset", "max_rows": 0}
@@ -256,6 +256,8 @@ def test_other_references_or_another_teacher_cannot_be_resumed_with(tmp_path):
             in_process(tmp_path / "run", resume=True, **flags)
 
     common.write_json_lines(files["eval_dataset"], [held_out | {"references": ["K L AW1 D Z"]}])
+    refused()
+    common.write_json_lines(files["eval_dataset"], [held_out | {"tests": "B"}])  # for a grader
     refused()
     common.write_json_lines(files["eval_dataset"], [held_out])
     weights = tmp_path / "teacher/model.safetensors"

@@ -14,8 +14,7 @@ from typing import Any
 
 INSTRUCTIONS = 5_000_000  # of SQLite's virtual machine; the references need below 10 000
 READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
-ENDLESS = {"printf", "format", "hex", "zeroblob", "randomblob", "replace", "instr",
-           "fts3_tokenizer"}  # fmt: skip
+ENDLESS = {"printf", "format", "hex", "zeroblob", "randomblob", "fts3_tokenizer"}
 
 
 def allow(action: int, _: str | None, name: str | None, *__: str | None) -> int:
@@ -32,7 +31,6 @@ def shop() -> sqlite3.Connection:
     database.set_progress_handler(lambda: True, INSTRUCTIONS)  # stops the query
     database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1000)  # bytes of a value
     database.setlimit(sqlite3.SQLITE_LIMIT_COLUMN, 20)
-    database.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 20)
     return database
 
 
