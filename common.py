@@ -3532,7 +3532,7 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
     row = places = numpy.arange(len(b) + 1)
     for i, word in enumerate(a, 1):
         changed = numpy.minimum(row[1:] + 1, row[:-1] + (theirs != numbers[word]))
-        row = numpy.minimum.accumulate([i, *changed] - places) + places  # insertions
+        row = numpy.minimum.accumulate(numpy.append(i, changed) - places) + places  # insertions
     return int(row[-1])
 
 
