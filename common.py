@@ -115,7 +115,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 STARTED = time.perf_counter()  # for the seconds in results.json
 DATA = Path(__file__).resolve().parent / "data"
 Tokenizer = PreTrainedTokenizerBase
-os.umask(UMASK := os.umask(0o077))
+UMASK = os.umask(0o077)  # it can only be read by setting it
+os.umask(UMASK)
 KEY = "OPENAI_API_KEY"  # the environment variable that holds a server's key
 PUBLISHED = ".published"  # marks a --rollout-weights directory that may be overwritten
 URL = r"https?://(\[[\w:]+\]|[^][\s/?#@:]+)(:\d+)?(/[^\s?#@]*)?"
@@ -842,8 +843,9 @@ def time_limit() -> Iterator[None]:
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        signal.setitimer(signal.ITIMER_REAL, left)
+        signal.setitimer(signal.ITIMER_REAL, left)  # of a limit around this one
 
 
 class FunctionGrader:
@@ -1306,8 +1308,9 @@ def load_weights(model: LanguageModel, args: Flags, revision: str, dtype: str) -
     loaded = dataclasses.replace(model, load=lambda _: weights.eval(), cached_head=head)
     check_head(loaded)
     model.cached_head = head or model.cached_head
-    model.cache = next((kind for kind in caches_for(loaded) if cache_is_exact(loaded, kind)), None)
-    if model.cache is not caches_for(loaded)[0]:
+    kinds = caches_for(loaded)
+    model.cache = next((kind for kind in kinds if cache_is_exact(loaded, kind)), None)
+    if model.cache is not kinds[0]:
         lack = "CUDA graphs" if model.cache else f"{type(weights).__name__}'s cache, slowly"
         PartialState().print(f"{model.name}: text is generated without {lack}")
     return weights
@@ -1433,8 +1436,8 @@ def add_adapters(student: LanguageModel, rank: int) -> None:
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", target_parameters=sorted(stacks)
     )
-    # peft knows layers that it cannot adapt. What it makes of adapters that transformers 4 trained
-    # would leave out the dense layers of many mixtures of experts.
+    # peft raises an error for layers that it cannot adapt. Its translation of older adapters would
+    # leave out the dense layers of many mixtures of experts.
     with usage_error("--lora-rank", ValueError), mock.patch(TRANSLATION):
         student.adapters = LoraModel(student.model, config, "default")
     reached = {f"{name}.weight" for name in student.adapters.targeted_module_names}
@@ -1905,7 +1908,7 @@ def tokenize_prompts(conversations: list[Conversation], pair: Pair, limit: int) 
         texts_of = template.values() if isinstance(template, dict) else [template]
         words = set(re.findall(r"\w+", " ".join(texts_of)))
         words |= {"reasoning_content"} if "thinking" in words else set()  # its other name
-        for c in progress("rendering prompts", len(conversations), items=conversations):
+        for c in progress("rendering prompts", items=conversations):
             with usage_error(c.source, UsageError, TypeError):  # TypeError: a reserved option
                 check_printed(model, c.messages, "tool_calls", **c.options)
                 texts.append(render(model.tokenizer, c.messages, prompt=True, **c.options))
@@ -2004,7 +2007,7 @@ def dataset_examples(prompts: list[Prompt], pair: Pair, limit: int) -> tuple[lis
     """
     examples, cut, shared = [], 0, pair.same_vocabulary or len(pair.readers) == 1
     empty = last_only = 0  # the latter: conversations with earlier answers that cannot be located
-    for i, prompt in enumerate(progress("tokenising answers", len(prompts), items=prompts)):
+    for i, prompt in enumerate(progress("tokenising answers", items=prompts)):
         conversation, response = prompt.conversation, prompt.conversation.response
         turns = [*conversation.messages, response]
         said = {"tool_calls", "reasoning_content"}
@@ -2237,11 +2240,11 @@ class MaskedCache(DynamicCache):
 
 
 class CachedReader:
-    """Reads texts as they are written: the hidden states that predict their next tokens.
+    """Reads texts as they are written, and gives the hidden states that predict their next tokens.
 
-    From a `StaticCache` a token is one CUDA graph, which is one launch instead of hundreds, for
-    which a GPU waits. It is captured anew whenever shapes change, after a token that warms up;
-    short answers end before the first capture.
+    With a `StaticCache`, which hides what is not written yet, each token is one CUDA graph: one
+    launch in place of hundreds, for which a GPU would wait. The graph is captured again when a
+    shape changes, after one token that warms up. Short answers end before the first capture.
     """
 
     def __init__(self, model: LanguageModel, mask: Tensor, width: int) -> None:
@@ -2288,7 +2291,7 @@ class CachedReader:
             self.inputs, self.graph = (ids.clone(), at.clone()), torch.cuda.CUDAGraph()
             # Other threads, such as NCCL's, may use the GPU meanwhile.
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.output = self._read(*self.inputs, self.size)  # hides what is not written yet
+                self.output = self._read(*self.inputs, self.size)
         for mine, given in zip(self.inputs, (ids, at), strict=True):
             mine.copy_(given)
         self.graph.replay()
@@ -2460,7 +2463,7 @@ def save_tensors(path: Path, **tensors: Tensor | None) -> None:
 
 
 def make_readable(*paths: Path) -> None:
-    """By those who can read other files; safetensors writes its own for their owner alone."""
+    """Set the permissions of other files: safetensors writes its own for their owner alone."""
     for path in paths:
         with contextlib.suppress(OSError):  # a disk may know no owners
             path.chmod(0o666 & ~UMASK)
@@ -2471,8 +2474,11 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
         return {name: t.to(device) for name, t in load_file(path).items()}  # which refuses "cpu:0"
 
 
-def progress(title: str, total: int, done: int = 0, items: Iterable[Item] | None = None) -> tqdm:
-    """A bar on the main process's terminal; none where output is not a terminal."""
+def progress(
+    title: str, total: int | None = None, done: int = 0, items: Sequence[Item] | None = None
+) -> tqdm:
+    """A bar on the main process's terminal, around `items` or until `total`; none where output is
+    not a terminal."""
     disable = None if PartialState().is_main_process else True  # None: tqdm asks the terminal
     return tqdm(items, title, total, disable=disable, initial=done, dynamic_ncols=True)
 
@@ -3729,8 +3735,9 @@ class Run:
         for item in (*examples, *evaluator.prompts):
             text.update(repr((item.student, item.teacher)).encode())
         talks = [prompt.conversation for prompt in evaluator.prompts]
-        graded = [(t.references, t.columns) for t in talks], evaluator.answers
-        text.update(re.sub(" at 0x[0-9a-fA-F]+", "", repr(graded)).encode())  # of images
+        scored = [(t.references, t.columns) for t in talks], evaluator.answers
+        # The address of an image, in a column, is another in every process.
+        text.update(re.sub(" at 0x[0-9a-fA-F]+", "", repr(scored)).encode())
         # What a checkpoint holds beside weights, optimizer and random state.
         start = {"step": 0, "lines": 0, "seconds": 0.0, "before": None, "text": text.hexdigest()}
         self.state = start

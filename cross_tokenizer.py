@@ -24,8 +24,9 @@ common outcomes, and takes the KL between the two distributions over the outcome
 over the N target tokens of the student in a batch. KL is KL(teacher ‖ student), T is --temperature,
 w is --ce-weight. If one tokenizer only ever splits tokens of the other, then by the chain rule the
 first two cases add up to the KL between distributions over whole tokens. With one vocabulary only
-the first case occurs, and the loss is token_level.py's forward KL. A server (--api-base-url) names
-the teacher's most likely tokens; all outcomes that it does not name become one with "stop".
+the first case occurs, and the loss is token_level.py's forward KL, but that all end tokens count as
+one. A server (--api-base-url) names the teacher's most likely tokens; all outcomes that it does not
+name become one with "stop".
 
 --loss uld is KL(teacher ‖ student) at temperature T between the K highest probabilities of both
 models, each list sorted and renormalised. A token of the student is compared with the teacher's
@@ -359,7 +360,7 @@ class Alignments:
         self.contexts = [boundary_context(*self.vocabularies, prefixes)]
         self.numbers = {(b"", b""): BOUNDARY}  # of contexts, by the bytes read
         self.totals: Counter[str] = Counter()
-        bar = common.progress("aligning", len(examples), items=examples)
+        bar = common.progress("aligning", items=examples)
         self.pairs = {example.index: self._align(example) for example in bar}
         if not self.totals["compared"]:
             raise common.UsageError(

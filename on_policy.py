@@ -228,8 +228,8 @@ class Rollouts:
         with student.evaluating():
             if self.server:
                 self.server.publish(prompts[:8])
-                asked = ThreadPool(1).apply_async(self.server.write, (mine, temperature))
-                wait = asked.get  # its thread does not keep a process from ending
+                # A pool's thread does not keep the process from ending.
+                wait = ThreadPool(1).apply_async(self.server.write, (mine, temperature)).get
             else:
                 seeds = [common.row_seed(args.seed, "rollout", *key) for key in keys]
                 written = sorted(common.generate(student, prompts, seeds, args, temperature))

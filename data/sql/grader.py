@@ -14,13 +14,14 @@ from typing import Any
 
 INSTRUCTIONS = 5_000_000  # of SQLite's virtual machine; the references need below 10 000
 READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
-ENDLESS = {"printf", "format", "hex", "zeroblob", "randomblob", "fts3_tokenizer"}
+COSTLY = {"printf", "format", "hex", "zeroblob", "randomblob", "fts3_tokenizer"}
 
 
 def allow(action: int, _: str | None, name: str | None, *__: str | None) -> int:
-    """Only reading, and no function of which one call is much work, or is remembered."""
-    endless = action == sqlite3.SQLITE_FUNCTION and name.lower() in ENDLESS
-    return sqlite3.SQLITE_OK if action in READING and not endless else sqlite3.SQLITE_DENY
+    """Whether a query may do this: only read, by functions whose calls are short and leave nothing
+    behind."""
+    costly = action == sqlite3.SQLITE_FUNCTION and name.lower() in COSTLY
+    return sqlite3.SQLITE_OK if action in READING and not costly else sqlite3.SQLITE_DENY
 
 
 def shop() -> sqlite3.Connection:
